@@ -1,0 +1,97 @@
+"""Fast memory-keyed attention: the memories are fused first, and attended to once.
+
+    L1: x_t -------------------------------------------+
+    L2: m_t, the session average ----------------------+-- f_t = sum_l lambda_l M_l -- Wk, Wv --> k, v --+
+    L3: r_t = sum_j softmax_j(u_t . s_j) S_j ----------+                                                 |
+        over the K best completed chunks j                                                               |
+    x -- Wq --> q ---------------------------------------- one causal attention, windowed if w is set ---+-- Wo --> y
+
+S_j is the mean of x over chunk j, s_j = S_j Ws its index key, u_t = x_t Wu the index query. lambda is the key token's
+own, so k and v are final when written and can be cached.
+
+Source: README of "MKA - An Efficient Memorized Key Attention Design"; arXiv 2603.20586 (FastMKA). B rows, T tokens,
+C hidden size, H query heads, G key/value heads, D = C / H, c chunk size, K chunks retrieved, M = 3 levels.
+"""
+
+from torch import Tensor, nn
+
+from mka.attention.grouped import MemoryAttention
+from mka.config import SessionDecay, check_at_least
+from mka.memory.longterm import chunk_means, read_summaries, retrieve
+from mka.memory.router import LOCAL, LONG_TERM, SESSION
+from mka.ops.attend import attend_causal
+from mka.ops.rotary import RotaryEmbedding
+
+
+class FastMemoryKeyedAttention(MemoryAttention):
+    """One attention over keys and values made from the routed mix of three memories.
+
+    With `local_window=None` attention is over the whole past, and every completed chunk is a candidate of L3.
+    `session_decay=None` switches the session level off, `top_k=0` the long-term level. `index_size` is the width of
+    the index keys. Raises ValueError for heads that do not divide and limits of the memory levels.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        local_window: int | None = 128,
+        chunk_size: int = 16,
+        top_k: int = 4,
+        session_decay: SessionDecay = "learned",
+        index_size: int = 64,
+        router_size: int | None = None,
+        bias: bool = False,
+        rotary: RotaryEmbedding | None = None,
+    ) -> None:
+        shared = (chunk_size, top_k, session_decay, router_size, bias, rotary)
+        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
+        check_at_least("index_size", index_size, 1)
+        self.index_size = index_size
+        if top_k:
+            self.index_q_proj = nn.Linear(hidden_size, index_size, bias=False)
+            self.index_k_proj = nn.Linear(hidden_size, index_size, bias=False)
+
+    def mix(self, x: Tensor, positions: Tensor) -> Tensor:
+        q = self.heads(self.q_proj, x)
+        f = self.fuse(x, self.router(q, self.levels_at(x.shape[1], 0, x.device)))
+        k, v = self.heads(self.k_proj, f), self.heads(self.v_proj, f)
+        o = attend_causal(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window)
+        return self.o_proj(o.flatten(2))
+
+    def fuse(self, x: Tensor, weights: Tensor) -> Tensor:
+        """f (B, T, C): the mix, by the router's weights (B, T, M), of the levels at every token."""
+        f = weights[..., LOCAL, None] * x
+        if self.session is not None:
+            f = f + weights[..., SESSION, None] * self.session(x)
+        if self.num_candidates(x.shape[1]):
+            f = f + weights[..., LONG_TERM, None] * self.read_long_term(x)
+        return f.to(x.dtype)
+
+    def read_long_term(self, x: Tensor) -> Tensor:
+        """r (B, T, C)."""
+        means = chunk_means(x, self.chunk_size)
+        u, keys = self.index_q_proj(x), self.index_k_proj(means.to(x.dtype))
+        limits = {"chunk_size": self.chunk_size, "window": self.local_window or 0, "top_k": self.top_k}
+        return read_summaries(u, keys, means, retrieve(u.unsqueeze(2), keys.unsqueeze(2), **limits))
+
+    @property
+    def num_parameters(self) -> int:
+        return super().num_parameters + 2 * self.hidden_size * self.index_size * bool(self.top_k)
+
+    def state_numbers(self, num_tokens: int) -> int:
+        """k and v in the window, m and its count, the open chunk's sum, S_j and s_j of the completed chunks."""
+        numbers = super().state_numbers(num_tokens)
+        if self.session is not None:
+            numbers += self.hidden_size + 1
+        if self.top_k:
+            numbers += self.hidden_size + (num_tokens // self.chunk_size) * (self.hidden_size + self.index_size)
+        return numbers
+
+    def flops_per_token(self, context: int) -> int:
+        flops, candidates = super().flops_per_token(context), self.num_candidates(context)
+        if self.top_k:
+            flops += 2 * self.hidden_size * self.index_size * (1 + (context % self.chunk_size == 0))
+        return flops + 2 * self.index_size * candidates + 2 * self.hidden_size * min(self.top_k, candidates)

@@ -1,0 +1,68 @@
+"""Grouped-query attention, and its two ends: multi-head (G = H) and multi-query (G = 1) attention.
+
+    q = x Wq    k = x Wk    v = x Wv        o_t = sum_s softmax_s(q_t . k_s / sqrt(D)) v_s over s <= t        y = o Wo
+
+    query heads   0 1 2 3 4 5 6 7      mha: G = 8, each query head its own key/value head
+                  |_| |_| |_| |_|      gqa: G = 4, shown here, two query heads share one
+    kv heads       0   1   2   3       mqa: G = 1, all of them share one
+
+Sources: arXiv 1706.03762 (mha), 1911.02150 (mqa), 2305.13245 (gqa). B rows, T tokens, C hidden size, H query heads,
+G key/value heads, D = C / H.
+"""
+
+from torch import Tensor
+
+from mka.attention.grouped import GroupedAttention
+from mka.ops.attend import attend_causal
+from mka.ops.rotary import RotaryEmbedding
+
+
+class GroupedQueryAttention(GroupedAttention):
+    """H query heads share G key/value heads. Raises ValueError where H does not divide C or G does not divide H."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int = 4,
+        *,
+        local_window: int | None = None,
+        bias: bool = False,
+        rotary: RotaryEmbedding | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, bias, rotary)
+
+    def mix(self, x: Tensor, positions: Tensor) -> Tensor:
+        q, k, v = self.heads(self.q_proj, x), self.heads(self.k_proj, x), self.heads(self.v_proj, x)
+        o = attend_causal(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window)
+        return self.o_proj(o.flatten(2))
+
+
+class MultiHeadAttention(GroupedQueryAttention):
+    """Every query head has its own key/value head: G = H."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        local_window: int | None = None,
+        bias: bool = False,
+        rotary: RotaryEmbedding | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_heads, local_window=local_window, bias=bias, rotary=rotary)
+
+
+class MultiQueryAttention(GroupedQueryAttention):
+    """All query heads share one key/value head: G = 1."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        local_window: int | None = None,
+        bias: bool = False,
+        rotary: RotaryEmbedding | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, 1, local_window=local_window, bias=bias, rotary=rotary)

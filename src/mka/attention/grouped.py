@@ -1,0 +1,99 @@
+"""What the mechanisms with grouped key/value heads share, and what the two with memories add to it."""
+
+import torch
+from torch import Tensor, nn
+
+from mka.attention.base import CausalAttention
+from mka.config import SessionDecay, check_memory
+from mka.memory.longterm import num_candidates
+from mka.memory.router import LOCAL, LONG_TERM, NUM_LEVELS, SESSION, Router
+from mka.memory.session import SessionAverage
+from mka.ops.rotary import RotaryEmbedding
+
+
+class GroupedAttention(CausalAttention):
+    """H query heads of D over G key/value heads of D: Wq (C, HD), Wk and Wv (C, GD), Wo (HD, C)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        local_window: int | None,
+        bias: bool,
+        rotary: RotaryEmbedding | None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, bias, rotary)
+        self.kv_size = num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, self.kv_size, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, self.kv_size, bias=bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def heads(self, project: nn.Linear, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, heads, D)."""
+        return project(x).unflatten(-1, (-1, self.head_dim))
+
+    @property
+    def num_parameters(self) -> int:
+        c, kv = self.hidden_size, self.kv_size
+        return self.linear_parameters((c, c), (c, kv), (c, kv), (c, c))
+
+    def state_numbers(self, num_tokens: int) -> int:
+        """k and v of the tokens in the window."""
+        return 2 * self.kv_size * self.keys_attended(num_tokens)
+
+    def flops_per_token(self, context: int) -> int:
+        c = self.hidden_size
+        return 4 * c * (c + self.kv_size) + 4 * c * self.keys_attended(context)
+
+
+class MemoryAttention(GroupedAttention):
+    """Grouped heads with a session average, long-term chunks and a router over the three levels.
+
+    `session_decay=None` switches the session level off, `top_k=0` the long-term level.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        local_window: int | None,
+        chunk_size: int,
+        top_k: int,
+        session_decay: SessionDecay,
+        router_size: int | None,
+        bias: bool,
+        rotary: RotaryEmbedding | None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_kv_heads or num_heads, local_window, bias, rotary)
+        check_memory(local_window, chunk_size, top_k, session_decay)
+        self.chunk_size = chunk_size
+        self.top_k = top_k
+        self.router_size = router_size or max(1, hidden_size // 2)
+        self.session = None if session_decay is None else SessionAverage(hidden_size, session_decay)
+        self.router = Router(hidden_size, self.router_size)
+
+    def levels_at(self, tokens: int, first_session: int, device: torch.device) -> Tensor:
+        """(T, M) bool: the levels that exist at each token; the session has something to offer from `first_session`."""
+        t = torch.arange(tokens, device=device)
+        exists = torch.zeros(tokens, NUM_LEVELS, dtype=torch.bool, device=device)
+        exists[:, LOCAL] = True
+        exists[:, SESSION] = (t >= first_session) & (self.session is not None)
+        if self.top_k:
+            exists[:, LONG_TERM] = num_candidates(t, self.chunk_size, self.local_window or 0) > 0
+        return exists
+
+    def num_candidates(self, context: int) -> int:
+        """Chunks that the last of `context` tokens may retrieve."""
+        return max(0, (context - (self.local_window or 0)) // self.chunk_size) if self.top_k else 0
+
+    @property
+    def num_parameters(self) -> int:
+        c, router = self.hidden_size, self.router_size
+        learned_decay = self.session is not None and self.session.fixed_decay is None
+        return super().num_parameters + (c + 1) * router + (router + 1) * NUM_LEVELS + learned_decay * c
+
+    def flops_per_token(self, context: int) -> int:
+        return super().flops_per_token(context) + 2 * self.router_size * (self.hidden_size + NUM_LEVELS)

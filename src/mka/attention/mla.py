@@ -1,0 +1,106 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    x -- Wdkv --> norm --> z (R) --+-- Wuk --> keys, H heads of D ----+
+    |                              +-- Wuv --> values, H heads of D   |   k = [z Wuk ; k_rope], v = z Wuv
+    +-- Wkr ---- rotary ------------> k_rope (1 head, shared) --------+
+    x -- Wq (or Wdq, norm, Wuq) ----> q = [q_nope ; q_rope]               scale 1 / sqrt(D + D_rope)
+
+A cache needs z and k_rope only: R + D_rope numbers a token, whatever H is. B rows, T tokens, C hidden size, H heads,
+D = C / H, R latent rank.
+"""
+
+from torch import Tensor, cat, nn
+
+from mka.attention.base import CausalAttention
+from mka.config import InputError, check_at_least
+from mka.ops.attend import attend_causal
+from mka.ops.rotary import RotaryEmbedding
+
+
+class MultiHeadLatentAttention(CausalAttention):
+    """Keys and values are expanded from one latent vector a token.
+
+    `kv_lora_rank` defaults to four head sizes, the ratio of the paper. `qk_rope_head_dim` adds rotary channels and
+    needs a `rotary` of that size; 0 for backbones with other positions. `q_lora_rank` makes the queries low-rank too.
+    Raises ValueError for ranks below 1 or a rotary embedding that does not fit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        kv_lora_rank: int | None = None,
+        q_lora_rank: int | None = None,
+        qk_rope_head_dim: int = 0,
+        local_window: int | None = None,
+        bias: bool = False,
+        rotary: RotaryEmbedding | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_heads, local_window, bias, rotary)
+        check_at_least("kv_lora_rank", kv_lora_rank, 1)
+        check_at_least("q_lora_rank", q_lora_rank, 1)
+        if qk_rope_head_dim != (rotary.head_dim if rotary else 0):
+            raise InputError(
+                f"qk_rope_head_dim is {qk_rope_head_dim}; it must be the head_dim of rotary, "
+                f"which is {rotary.head_dim if rotary else 'not given'}"
+            )
+        self.kv_lora_rank = kv_lora_rank or 4 * self.head_dim
+        self.q_lora_rank = q_lora_rank
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.q_size = num_heads * (self.head_dim + qk_rope_head_dim)
+        if q_lora_rank is not None:
+            self.q_down_proj = nn.Linear(hidden_size, q_lora_rank, bias=bias)
+            self.q_norm = nn.RMSNorm(q_lora_rank)
+        self.q_proj = nn.Linear(q_lora_rank or hidden_size, self.q_size, bias=bias)
+        self.kv_down_proj = nn.Linear(hidden_size, self.kv_lora_rank, bias=bias)
+        self.kv_norm = nn.RMSNorm(self.kv_lora_rank)
+        self.k_up_proj = nn.Linear(self.kv_lora_rank, hidden_size, bias=bias)
+        self.v_up_proj = nn.Linear(self.kv_lora_rank, hidden_size, bias=bias)
+        if qk_rope_head_dim:
+            self.k_rope_proj = nn.Linear(hidden_size, qk_rope_head_dim, bias=bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def mix(self, x: Tensor, positions: Tensor) -> Tensor:
+        q = self.queries(x, positions)
+        z, k_rope = self.latent(x, positions)
+        k = self.k_up_proj(z).unflatten(-1, (self.num_heads, -1))
+        v = self.v_up_proj(z).unflatten(-1, (self.num_heads, -1))
+        if k_rope is not None:
+            k = cat([k, k_rope.expand(-1, -1, self.num_heads, -1)], dim=-1)
+        o = attend_causal(q, k, v, self.local_window)
+        return self.o_proj(o.flatten(2))
+
+    def queries(self, x: Tensor, positions: Tensor) -> Tensor:
+        """q (B, T, H, D + D_rope), its last D_rope channels rotated."""
+        low = x if self.q_lora_rank is None else self.q_norm(self.q_down_proj(x))
+        q = self.q_proj(low).unflatten(-1, (self.num_heads, -1))
+        if self.rotary is None:
+            return q
+        return cat([q[..., : self.head_dim], self.rotary(q[..., self.head_dim :], positions)], dim=-1)
+
+    def latent(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a cache holds: z (B, T, R) and the shared rotary key (B, T, 1, D_rope)."""
+        z = self.kv_norm(self.kv_down_proj(x))
+        if self.rotary is None:
+            return z, None
+        return z, self.rotary(self.k_rope_proj(x).unsqueeze(2), positions)
+
+    @property
+    def num_parameters(self) -> int:
+        c, r, rope, q_rank = self.hidden_size, self.kv_lora_rank, self.qk_rope_head_dim, self.q_lora_rank
+        count = self.linear_parameters((q_rank or c, self.q_size), (c, r), (r, c), (r, c), (c, c)) + r
+        if q_rank:
+            count += self.linear_parameters((c, q_rank)) + q_rank
+        if rope:
+            count += self.linear_parameters((c, rope))
+        return count
+
+    def state_numbers(self, num_tokens: int) -> int:
+        return (self.kv_lora_rank + self.qk_rope_head_dim) * self.keys_attended(num_tokens)
+
+    def flops_per_token(self, context: int) -> int:
+        c, r, rope, q_rank = self.hidden_size, self.kv_lora_rank, self.qk_rope_head_dim, self.q_lora_rank
+        queries = 2 * (c * q_rank + q_rank * self.q_size if q_rank else c * self.q_size)
+        latent = 2 * c * (r + rope) + 4 * r * c
+        return queries + latent + 2 * c * c + 2 * (self.q_size + c) * self.keys_attended(context)

@@ -1,0 +1,218 @@
+"""Everything a user can set, its defaults and its limits. No torch here.
+
+    BenchmarkConfig   what the command line gives (None: the preset's value)
+    Preset            a model size with the training budget that suits it
+    attention_options the keyword arguments one mechanism takes out of a BenchmarkConfig
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+ATTENTION_TITLES = {
+    "mha": "Multi-Head Attention",
+    "mqa": "Multi-Query Attention",
+    "gqa": "Grouped-Query Attention",
+    "mla": "Multi-Head Latent Attention",
+    "mka": "Memorized Key Attention",
+    "fmka": "Fast Memorized Key Attention",
+}
+DATASETS = ("stdlib", "wikitext2", "wikitext103", "text")
+
+SessionDecay = float | Literal["learned"] | None
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave. Its message is one line: what, which value, what is allowed."""
+
+
+def unknown_name(what: str, value: str, allowed: Iterable[str]) -> InputError:
+    """The error for a name that is not in a list: names the list and the nearest entry."""
+    names = list(allowed)
+    near = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.0)
+    return InputError(f"unknown {what} {value!r}; allowed: {', '.join(names)}; nearest: {near[0]!r}")
+
+
+def check_at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and not value >= least:
+        raise InputError(f"{name} is {value}; it must be at least {least}")
+
+
+def check_heads(hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
+    """H must divide C, and G must divide H; otherwise an InputError that lists the divisors."""
+    check_at_least("hidden_size", hidden_size, 1)
+    check_at_least("num_heads", num_heads, 1)
+    if hidden_size % num_heads:
+        raise InputError(f"num_heads is {num_heads}; it must divide hidden_size {hidden_size}: {divisors(hidden_size)}")
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise InputError(f"num_groups is {num_kv_heads}; it must divide the {num_heads} heads: {divisors(num_heads)}")
+
+
+def check_memory(
+    local_window: int | None, chunk_size: int, top_k: int, session_decay: SessionDecay, session_stride: int = 1
+) -> None:
+    """Limits of the three memory levels; raises InputError."""
+    check_at_least("local_window", local_window, 1)
+    check_at_least("chunk_size", chunk_size, 1)
+    check_at_least("top_k", top_k, 0)
+    check_at_least("session_stride", session_stride, 1)
+    if session_decay not in ("learned", None) and not (isinstance(session_decay, float) and 0 < session_decay < 1):
+        raise InputError(f"session_decay is {session_decay!r}; it must be 'learned', None or between 0 and 1")
+
+
+def divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A GPT-2 size (transformers' field names) and the training budget that suits it."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    tokenizer: str
+    sequence_length: int
+    batch_size: int
+    max_steps: int
+    learning_rate: float
+    eval_tokens: int
+
+
+PRESETS = {
+    "quick": Preset(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        vocab_size=8192,
+        tokenizer="bpe",
+        sequence_length=512,
+        batch_size=4,
+        max_steps=120,
+        learning_rate=3e-3,
+        eval_tokens=2**15,
+    ),
+    "small": Preset(
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        vocab_size=8192,
+        tokenizer="bpe",
+        sequence_length=512,
+        batch_size=8,
+        max_steps=2000,
+        learning_rate=1.5e-3,
+        eval_tokens=2**18,
+    ),
+    "gpt2": Preset(
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        vocab_size=50257,
+        tokenizer="gpt2",
+        sequence_length=1024,
+        batch_size=8,
+        max_steps=20000,
+        learning_rate=6e-4,
+        eval_tokens=2**18,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Compare attention mechanisms in GPT-2-style language models trained from scratch."""
+
+    attention_type: tuple[str, ...] = ()
+    """Mechanisms to run: mha mqa gqa mla mka fmka. None given: all six."""
+    preset: str = "quick"
+    """Model size and budget: quick (5 M parameters), small (14 M) or gpt2 (124 M)."""
+    dataset: str = "stdlib"
+    """Corpus: stdlib (Python's standard library, offline), wikitext2, wikitext103 or text."""
+    text_path: tuple[str, ...] = ()
+    """Files or folders of your own; needs --dataset text."""
+    tokenizer: str | None = None
+    """bpe (trained on the train split), gpt2 (the genuine vocabulary, offline), or a name or folder."""
+    sequence_length: int | None = None
+    """Tokens a model sees at once."""
+    batch_size: int | None = None
+    """Sequences in one forward pass."""
+    epochs: int | None = None
+    """Passes over the train split. With --max_steps too, whichever ends first."""
+    max_steps: int | None = None
+    """Optimiser steps."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes whose gradients make one optimiser step."""
+    learning_rate: float | None = None
+    """Peak of the schedule (warm-up, then cosine decay to a tenth)."""
+    fp16: bool = False
+    """float16 autocast with loss scaling."""
+    bf16: bool = False
+    """bfloat16 autocast; also the default where the processor has it."""
+    seeds: tuple[int, ...] = (0,)
+    """Repeat everything with each seed; report mean and spread."""
+    num_groups: int = 4
+    """Key/value heads of gqa."""
+    local_window: int | None = 128
+    """Tokens of the local level of mka and fmka, the current one included; None: the whole past."""
+    chunk_size: int = 16
+    """Tokens of one long-term chunk."""
+    top_k: int = 4
+    """Long-term chunks retrieved for each token; 0: no long-term level."""
+    session_decay: SessionDecay = "learned"
+    """Decay of the session average: learned, or a number between 0 and 1; None: no session level."""
+    match: Literal["none", "parameters"] = "none"
+    """parameters: adjust the MLP so that every mechanism has the parameters of mha."""
+    output_dir: str | None = None
+    """Folder of the results; default: runs/, named after the configuration."""
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        return self.attention_type or tuple(ATTENTION_TITLES)
+
+    def resolved(self) -> "BenchmarkConfig":
+        """The same configuration, checked, with the preset's values filled in. Raises InputError."""
+        if self.preset not in PRESETS:
+            raise unknown_name("preset", self.preset, PRESETS)
+        preset = PRESETS[self.preset]
+        names = ("tokenizer", "sequence_length", "batch_size", "learning_rate")
+        given = {name: getattr(self, name) for name in names}
+        filled = {name: getattr(preset, name) if value is None else value for name, value in given.items()}
+        if self.epochs is None and self.max_steps is None:
+            filled["max_steps"] = preset.max_steps
+        config = replace(self, **filled, attention_type=self.mechanisms)
+        config.check()
+        return config
+
+    def check(self) -> None:
+        for kind in self.attention_type:
+            if kind not in ATTENTION_TITLES:
+                raise unknown_name("attention_type", kind, ATTENTION_TITLES)
+        if self.dataset not in DATASETS:
+            raise unknown_name("dataset", self.dataset, DATASETS)
+        if (self.dataset == "text") != bool(self.text_path):
+            raise InputError(f"--dataset {self.dataset} with text_path {list(self.text_path)}; text needs both, others none")
+        if self.fp16 and self.bf16:
+            raise InputError("--fp16 and --bf16 are both given; choose one")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise InputError(f"seeds is {list(self.seeds)}; give one or more different numbers from 0 up")
+        for name in ("sequence_length", "batch_size", "epochs", "max_steps", "gradient_accumulation_steps"):
+            check_at_least(name, getattr(self, name), 1)
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        check_memory(self.local_window, self.chunk_size, self.top_k, self.session_decay)
+        preset = PRESETS[self.preset]
+        kv_heads = self.num_groups if "gqa" in self.mechanisms else 1
+        check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads)
+
+
+def attention_options(kind: str, config: BenchmarkConfig) -> dict[str, object]:
+    """Keyword arguments of `build_attention(kind, ...)` that the benchmark's flags set."""
+    if kind == "gqa":
+        return {"num_kv_heads": config.num_groups}
+    if kind in ("mka", "fmka"):
+        names = ("local_window", "chunk_size", "top_k", "session_decay")
+        return {name: getattr(config, name) for name in names}
+    return {}

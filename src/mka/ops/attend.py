@@ -1,0 +1,75 @@
+"""The one softmax seam: every attention of the project is one of these functions, on scaled_dot_product_attention.
+
+Shapes: q (B, T, H, D), k and v (B, S, G, D), G divides H; tensors are transposed here and nowhere else.
+A query with nothing to attend to gives zeros.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+MIN_BLOCK = 64
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, scale: float | None = None) -> Tensor:
+    """Causal attention, S = T, over the latest `window` tokens (None: all of them).
+
+    v may be narrower than k; it is padded to k's width, because differing widths leave the fused kernel.
+    Returns (B, T, H, width of v). Memory is linear in T.
+    """
+    width = v.shape[-1]
+    v = pad(v, (0, k.shape[-1] - width))
+    if window is None or q.shape[1] <= window:
+        return _sdpa(q, k, v, scale=scale, is_causal=True)[..., :width]
+    return _attend_blocks(q, k, v, window, scale)[..., :width]
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """Attention where `mask` is True: (T, S) for all, or (B, T, G, S) for each row and key/value head."""
+    if mask.dim() == 2:
+        return _sdpa(q, k, v, scale=scale, mask=mask)
+    batch, tokens, heads, width = q.shape
+    groups = k.shape[2]
+    q = q.reshape(batch, tokens, groups, heads // groups, width).transpose(1, 2).flatten(0, 1)
+    k, v = (x.transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in (k, v))
+    mask = mask.transpose(1, 2).flatten(0, 1).unsqueeze(1)
+    out = _sdpa(q, k, v, scale=scale, mask=mask)
+    return out.unflatten(0, (batch, groups)).transpose(1, 2).flatten(2, 3)
+
+
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
+    """The window, exactly: a block of queries reads its own block of keys and the one before.
+
+            keys      block n-1   block n
+            query 0   . . # # #   #
+            query 1   . . . # #   # #           one band mask serves every block but the first
+            query 2   . . . . #   # # #
+    """
+    tokens = q.shape[1]
+    size = max(window, MIN_BLOCK)
+    q, k, v = (pad(x, (0, 0, 0, 0, 0, -tokens % size)) for x in (q, k, v))
+    band = _band(size, 2 * size, window, q.device)
+    first = _sdpa(q[:, :size], k[:, :size], v[:, :size], scale=scale, mask=band[:, size:])
+    if q.shape[1] == size:
+        return first[:, :tokens]
+    q, k, v = (x.unflatten(1, (-1, size)) for x in (q, k, v))
+    k, v = (torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1) for x in (k, v))
+    rest = _sdpa(q[:, 1:].flatten(0, 1), k, v, scale=scale, mask=band)
+    rest = rest.unflatten(0, (q.shape[0], -1)).flatten(1, 2)
+    return torch.cat([first, rest], dim=1)[:, :tokens]
+
+
+def _band(rows: int, columns: int, window: int, device: torch.device) -> Tensor:
+    """(rows, columns) bool; the last row sees the last `window` columns, each row above one column earlier."""
+    last = torch.arange(columns - rows, columns, device=device)[:, None]
+    column = torch.arange(columns, device=device)
+    return (column <= last) & (column > last - window)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)

@@ -1,0 +1,14 @@
+"""Where mixed precision stops: averages, router and retrieval scores are computed in float32 or better."""
+
+import torch
+from torch import Tensor
+
+
+def upcast(x: Tensor) -> Tensor:
+    """bfloat16 and float16 become float32; float32 and float64 stay."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A context in which the arithmetic keeps the dtype of its inputs."""
+    return torch.autocast(device_type=x.device.type, enabled=False)

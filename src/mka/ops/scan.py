@@ -1,0 +1,92 @@
+"""The session average: an exponential moving average as a parallel scan.
+
+    y_t = a y_{t-1} + x_t          weighted sum of the past
+    n_t = a n_{t-1} + 1            sum of the weights
+    m_t = y_t / n_t                a true weighted mean from the first token on
+
+(The same m as a m_{t-1} + (1 - a) x_t divided by 1 - a^t.) The row is cut into blocks. One pass over the offsets
+inside a block runs all blocks side by side; the last sums of the blocks are scanned the same way, one level up, and
+carried back in. Nothing ever flows from a later token to an earlier one, so causality is exact for every finite value.
+
+Shapes: x (B, T, C), decay a (C,), each in (0, 1).
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import pad
+
+from mka.ops.precision import no_autocast, upcast
+
+
+def causal_average(x: Tensor, decay: Tensor) -> Tensor:
+    """m (B, T, C): the exponentially weighted mean of x_1..x_t at every t, in float32 or better."""
+    with no_autocast(x):
+        x = upcast(x)
+        return _CausalAverage.apply(x, decay.to(x.dtype))
+
+
+def decayed_sum(x: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
+    """y_t = a y_{t-1} + x_t along dimension 1; with `reverse`, y_t = a y_{t+1} + x_t. Not differentiable."""
+    tokens = x.shape[1]
+    size = block_size(tokens)
+    x = pad(x, (0, 0, 0, -tokens % size)).unflatten(1, (-1, size))
+    y = torch.empty_like(x)
+    order = range(size - 1, -1, -1) if reverse else range(size)
+    inputs, sums = x.unbind(2), y.unbind(2)
+    sums[order[0]].copy_(inputs[order[0]])
+    for before, here in pairwise(order):
+        torch.addcmul(inputs[here], sums[before], decay, out=sums[here])
+    if y.shape[1] > 1:
+        powers = _powers(decay, size).flip(0) if reverse else _powers(decay, size)
+        ends, rest = (y[:, 1:, 0], y[:, :-1]) if reverse else (y[:, :-1, -1], y[:, 1:])
+        rest.addcmul_(decayed_sum(ends, decay**size, reverse).unsqueeze(2), powers)
+    return y.flatten(1, 2)[:, :tokens]
+
+
+def block_size(tokens: int) -> int:
+    """A power of two near half the square root: as many steps inside the blocks as there is work to fill them."""
+    return 2 ** max(3, (tokens.bit_length() - 1) // 2 - 1)
+
+
+def _powers(decay: Tensor, count: int) -> Tensor:
+    """a^1, ..., a^count: (count, C)."""
+    return decay ** torch.arange(1, count + 1, device=decay.device, dtype=decay.dtype)[:, None]
+
+
+def _weight_sums(tokens: int, decay: Tensor) -> Tensor:
+    """n_t = a^0 + ... + a^(t-1), (T, C), block by block: n of the block's offset plus the carried sum, decayed."""
+    size = block_size(tokens)
+    blocks = -(-tokens // size)
+    powers = _powers(decay, size)
+    inside = 1 + powers.cumsum(0) - powers
+    ends = decayed_sum(inside[-1].expand(1, blocks, -1), decay**size)[0]
+    carried = pad(ends[:-1], (0, 0, 1, 0))
+    return torch.addcmul(inside, carried.unsqueeze(1), powers).flatten(0, 1)[:tokens]
+
+
+class _CausalAverage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, decay: Tensor) -> Tensor:
+        weights = _weight_sums(x.shape[1], decay)
+        mean = decayed_sum(x, decay).div_(weights)
+        ctx.save_for_backward(mean, decay)
+        return mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dL/dx_t = a dL/dx_{t+1} + g_t / n_t; the decay's gradient follows y_{t-1} and dn_t/da."""
+        mean, decay = ctx.saved_tensors
+        weights = _weight_sums(mean.shape[1], decay)
+        scaled = grads[0] / weights
+        grad_x = decayed_sum(scaled, decay, reverse=True)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None
+        sums = mean * weights
+        grad_decay = (grad_x[:, 1:] * sums[:, :-1]).sum((0, 1))
+        slopes = decayed_sum(weights[None, :-1], decay)[0]
+        grad_decay -= ((scaled[:, 1:] * mean[:, 1:]).sum(0) * slopes).sum(0)
+        return grad_x, grad_decay

@@ -1,0 +1,175 @@
+"""The record a run leaves behind, and how it is written and read. No torch here.
+
+One folder:
+
+    config.json       the resolved configuration and the data's fingerprint: what the folder is about
+    environment.json  versions, processor, threads, commit
+    results.jsonl     one `Result` a line, appended and fsynced as soon as it is known
+    curves/           one file a result: a JSON line for each logged step
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from mka.config import InputError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One mechanism trained with one seed.
+
+    Losses are means in nats per token; `perplexity` is exp(eval_loss), per token; memory in bytes
+    (None where it could not be measured); times in seconds, evaluation never part of train_seconds.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    attention_type: str
+    seed: int
+    train_loss: float
+    eval_loss: float
+    perplexity: float
+    bits_per_byte: float
+    train_seconds: float
+    eval_seconds: float
+    tokens_per_second: float
+    memory_allocated: int | None
+    memory_reserved: int | None
+    parameters: int
+    cache_bytes_per_token: float
+    train_tokens: int
+    eval_tokens: int
+    skipped_steps: int
+    config: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.attention_type, self.seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """One line of a curve. `eval_loss` is None except where the held-out split was looked at."""
+
+    step: int
+    tokens: int
+    seconds: float
+    train_loss: float | None
+    eval_loss: float | None = None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that its name only ever holds the whole text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a crash."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def results_path(folder: Path) -> Path:
+    return folder / "results.jsonl"
+
+
+def append_result(folder: Path, result: Result) -> None:
+    """Append one line and fsync it. A torn last line of an earlier crash is closed off first.
+
+    Raises OSError where it cannot be written; the file is then as it was.
+    """
+    path = results_path(folder)
+    line = (json.dumps(asdict(result), sort_keys=True) + "\n").encode()
+    # Unbuffered: a buffer would write its rest when the file is closed, after the truncation.
+    with path.open("a+b", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            write_all(file, b"\n" + line if is_torn(file, start) else line)
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, start)
+            raise
+    sync_folder(folder)
+
+
+def is_torn(file: FileIO, size: int) -> bool:
+    """Whether the last line of a file of `size` bytes has no end."""
+    if not size:
+        return False
+    file.seek(size - 1)
+    return file.read(1) != b"\n"
+
+
+def write_all(file: FileIO, data: bytes) -> None:
+    """One write may take only a part, as on a disk that fills up."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Results of a folder, in the order they were written; a torn line is passed over.
+
+    Raises InputError for a folder without results and for a line of another schema.
+    """
+    path = results_path(folder)
+    if not path.is_file():
+        raise InputError(f"{folder} holds no results.jsonl; give the folder of a `mka bench` run")
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:  # not JSON, or not even UTF-8
+            continue
+        rows.append(parse_result(row, f"{path} line {number}"))
+    return rows
+
+
+def parse_result(row: Any, where: str) -> Result:
+    names = {field.name for field in fields(Result)}
+    if not isinstance(row, dict) or row.get("schema_version") != SCHEMA_VERSION or set(row) != names:
+        raise InputError(f"{where} is not a result of schema version {SCHEMA_VERSION}")
+    return Result(**row)
+
+
+def curve_path(folder: Path, attention_type: str, seed: int) -> Path:
+    return folder / "curves" / f"{attention_type}-seed{seed}.jsonl"
+
+
+def write_curve(folder: Path, attention_type: str, seed: int, points: Iterable[CurvePoint]) -> None:
+    lines = "".join(json.dumps(asdict(point)) + "\n" for point in points)
+    write_atomically(curve_path(folder, attention_type, seed), lines)
+
+
+def read_curve(folder: Path, attention_type: str, seed: int) -> list[CurvePoint]:
+    """The curve of one result; empty where the file is missing. Raises InputError for a damaged file."""
+    path = curve_path(folder, attention_type, seed)
+    if not path.is_file():
+        return []
+    try:
+        return [CurvePoint(**json.loads(line)) for line in path.read_bytes().splitlines()]
+    except (ValueError, TypeError):
+        raise InputError(f"{path} is damaged: not one curve point a line; delete it or run that seed again") from None
