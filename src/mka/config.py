@@ -7,7 +7,7 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 ATTENTION_TITLES = {
@@ -172,19 +172,30 @@ class BenchmarkConfig:
     def mechanisms(self) -> tuple[str, ...]:
         return self.attention_type or tuple(ATTENTION_TITLES)
 
-    def resolved(self) -> "BenchmarkConfig":
+    def resolved(self) -> "ResolvedConfig":
         """The same configuration, checked, with the preset's values filled in. Raises InputError."""
         if self.preset not in PRESETS:
             raise unknown_name("preset", self.preset, PRESETS)
         preset = PRESETS[self.preset]
-        names = ("tokenizer", "sequence_length", "batch_size", "learning_rate")
-        given = {name: getattr(self, name) for name in names}
-        filled = {name: getattr(preset, name) if value is None else value for name, value in given.items()}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("tokenizer", "sequence_length", "batch_size", "learning_rate"):
+            if values[name] is None:
+                values[name] = getattr(preset, name)
         if self.epochs is None and self.max_steps is None:
-            filled["max_steps"] = preset.max_steps
-        config = replace(self, **filled, attention_type=self.mechanisms)
+            values["max_steps"] = preset.max_steps
+        config = ResolvedConfig(**values | {"attention_type": self.mechanisms})
         config.check()
         return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(BenchmarkConfig):
+    """A configuration that has passed its checks: nothing is left to the preset but the model's size."""
+
+    tokenizer: str
+    sequence_length: int
+    batch_size: int
+    learning_rate: float
 
     def check(self) -> None:
         for kind in self.attention_type:

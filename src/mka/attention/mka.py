@@ -13,6 +13,7 @@ size, H query heads, G key/value heads, D = C / H, c chunk size, K chunks retrie
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mka.attention.grouped import MemoryAttention
 from mka.config import SessionDecay, check_at_least
@@ -78,10 +79,17 @@ class MemoryKeyedAttention(MemoryAttention):
         return attend_masked(q, k, v, t[first :: self.session_stride] <= t[:, None])
 
     def read_long_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """a_3 (B, T, H, D). Every retrieved key stands at the same distance, the window's edge."""
-        mask = chunk_mask(self.retrieve(q, k), k.shape[1], self.chunk_size)
-        edge = torch.tensor([self.local_window], device=q.device)
-        return attend_masked(self.rotate(q, edge), k, v, mask)
+        """a_3 (B, T, H, D); zeros before the first token that has a candidate.
+
+        Every retrieved key stands at the same distance, the window's edge.
+        """
+        window, tokens = self.local_window or 0, q.shape[1]
+        first, reach = window + self.chunk_size - 1, self.num_candidates(tokens) * self.chunk_size
+        retrieved = self.retrieve(q, k)
+        mask = chunk_mask(Retrieved(*(x[:, first:] for x in retrieved)), reach // self.chunk_size, self.chunk_size)
+        edge = torch.tensor([window], device=q.device)
+        read = attend_masked(self.rotate(q[:, first:], edge), k[:, :reach], v[:, :reach], mask)
+        return pad(read, (0, 0, 0, 0, first, 0))
 
     def retrieve(self, q: Tensor, k: Tensor) -> Retrieved:
         """The chunks each query retrieves; q (B, T, H, D), k (B, T, G, D), both before any rotary embedding."""

@@ -73,7 +73,7 @@ class MultiHeadLatentAttention(CausalAttention):
 
     def queries(self, x: Tensor, positions: Tensor) -> Tensor:
         """q (B, T, H, D + D_rope), its last D_rope channels rotated."""
-        low = x if self.q_lora_rank is None else self.q_norm(self.q_down_proj(x))
+        low = x if self.q_lora_rank is None else normalise(self.q_norm, self.q_down_proj(x))
         q = self.q_proj(low).unflatten(-1, (self.num_heads, -1))
         if self.rotary is None:
             return q
@@ -81,7 +81,7 @@ class MultiHeadLatentAttention(CausalAttention):
 
     def latent(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a cache holds: z (B, T, R) and the shared rotary key (B, T, 1, D_rope)."""
-        z = self.kv_norm(self.kv_down_proj(x))
+        z = normalise(self.kv_norm, self.kv_down_proj(x))
         if self.rotary is None:
             return z, None
         return z, self.rotary(self.k_rope_proj(x).unsqueeze(2), positions)
@@ -104,3 +104,8 @@ class MultiHeadLatentAttention(CausalAttention):
         queries = 2 * (c * q_rank + q_rank * self.q_size if q_rank else c * self.q_size)
         latent = 2 * c * (r + rope) + 4 * r * c
         return queries + latent + 2 * c * c + 2 * (self.q_size + c) * self.keys_attended(context)
+
+
+def normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """`norm` in the dtype of its weight: under autocast a mismatch leaves the fused kernel."""
+    return norm(x.to(norm.weight.dtype))

@@ -79,10 +79,9 @@ def read_summaries(u: Tensor, keys: Tensor, means: Tensor, retrieved: Retrieved)
     return read.unflatten(0, u.shape[:2])
 
 
-def chunk_mask(retrieved: Retrieved, tokens: int, chunk_size: int) -> Tensor:
-    """(B, T, G, S = T) bool: True for the tokens of the chunks that each query retrieved."""
+def chunk_mask(retrieved: Retrieved, chunks: int, chunk_size: int) -> Tensor:
+    """(B, T, G, chunks * c) bool: True for the tokens of the chunks that each query retrieved."""
     index, found = retrieved
-    chunks = -(-tokens // chunk_size)
     mask = torch.zeros(*index.shape[:3], chunks + 1, dtype=torch.bool, device=index.device)
     mask.scatter_(-1, index.masked_fill(~found, chunks), True)
-    return mask[..., :chunks].repeat_interleave(chunk_size, dim=-1)[..., :tokens]
+    return mask[..., :chunks].repeat_interleave(chunk_size, dim=-1)

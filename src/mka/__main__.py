@@ -1,0 +1,7 @@
+"""`python -m mka` is `mka`."""
+
+import sys
+
+from mka.cli import main
+
+sys.exit(main())

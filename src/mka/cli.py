@@ -1,0 +1,116 @@
+"""The command line: parse, call, exit code.
+
+    mka bench ...      compare mechanisms (the same as python src/experiments/benchmark.py ...)
+    mka report DIR     redraw table and figures from a folder of results
+
+Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged; 130 after Ctrl-C.
+"""
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from mka.config import BenchmarkConfig, InputError
+from mka.report import console_table, result_lines, summarise, write_report
+from mka.results import Result, read_results, results_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Redraw the table and the figures of a finished or unfinished run."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of a `mka bench` run."""
+
+
+Command = (
+    Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")]
+    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`mka`; returns the exit status."""
+    return dispatch(Command, "mka", arguments)
+
+
+def bench(arguments: Sequence[str] | None = None) -> int:
+    """`python src/experiments/benchmark.py`; returns the exit status."""
+    return dispatch(BenchmarkConfig, "benchmark.py", arguments)
+
+
+def dispatch(form: Any, program: str, arguments: Sequence[str] | None) -> int:
+    try:
+        command = parse(form, program, arguments)
+        return run_report(command) if isinstance(command, ReportConfig) else run_bench(command)
+    except (InputError, OSError) as error:
+        return complain(program, error, 2)
+
+
+def parse(form: Any, program: str, arguments: Sequence[str] | None) -> Any:
+    """The dataclass the arguments describe. Raises InputError with the parser's complaint on one line."""
+    complaint = io.StringIO()
+    options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(form, prog=program, args=arguments, use_underscores=True, config=options)
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise InputError(one_line(complaint.getvalue())) from None
+
+
+def one_line(box: str) -> str:
+    """The first section of tyro's message box, without its frame."""
+    sections: list[list[str]] = [[]]
+    for line in box.splitlines():
+        text = line.strip().strip("│╭╮╰╯─-").strip()
+        if text:
+            sections[-1].append(text)
+        else:
+            sections.append([])
+    filled = [" ".join(section) for section in sections if section]
+    return filled[1] if len(filled) > 1 else filled[0]
+
+
+def run_bench(config: BenchmarkConfig) -> int:
+    from mka.experiments import run_benchmark
+    from mka.training import NonFiniteLoss
+
+    console = Console(highlight=False, soft_wrap=True)
+
+    def on_result(result: Result) -> None:
+        console.print("\n".join(result_lines(result)), markup=False)
+
+    try:
+        folder = run_benchmark(config, console, on_result)
+    except NonFiniteLoss as error:
+        return complain("mka", error, 1)
+    except KeyboardInterrupt:
+        return complain("mka", "interrupted; run the same command again to go on, finished results are kept", 130)
+    return finish(folder, console)
+
+
+def run_report(config: ReportConfig) -> int:
+    return finish(Path(config.folder), Console(highlight=False))
+
+
+def finish(folder: Path, console: Console) -> int:
+    """Write the report of a folder and print its table."""
+    written = write_report(folder)
+    console.print()
+    Console(highlight=False).print(console_table(summarise(read_results(folder))))
+    console.print(f"Results  {results_path(folder)}\nReport   {', '.join(str(path) for path in written)}")
+    return 0
+
+
+def complain(program: str, error: object, status: int) -> int:
+    print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,56 @@
+"""The output folder of a comparison: one configuration, and what is finished of it."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mka.config import PRESETS, ResolvedConfig, InputError
+from mka.results import read_results, results_path, write_json
+
+NOT_IDENTITY = ("attention_type", "seeds", "output_dir")
+"""Fields that choose which rows a run adds, not what a row means."""
+
+
+def describe(config: ResolvedConfig, data: dict[str, Any], precision: str) -> dict[str, Any]:
+    """What every row of one folder has in common, ready for JSON."""
+    shared = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
+    shared |= {"precision": precision, "model": asdict(PRESETS[config.preset]), "data": data}
+    return json.loads(json.dumps(shared))
+
+
+def choose_folder(config: ResolvedConfig, description: dict[str, Any]) -> Path:
+    """The folder that was asked for, or one of the configuration's own under runs/."""
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("runs") / f"{config.preset}-{config.dataset}-{digest}"
+
+
+def open_folder(folder: Path, description: dict[str, Any], environment: dict[str, Any]) -> set[tuple[str, int]]:
+    """Make or reopen the folder; returns the (attention_type, seed) pairs that are finished.
+
+    Raises InputError, before anything is written, if the folder holds another configuration or is not one of ours.
+    """
+    path = folder / "config.json"
+    if path.is_file():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        different = sorted(name for name in held.keys() | description.keys() if held.get(name) != description.get(name))
+        if different:
+            name = different[0]
+            raise InputError(
+                f"{folder} holds a different configuration: {name} is {short(held.get(name))} there and "
+                f"{short(description.get(name))} here; choose another --output_dir"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not empty and holds no config.json of a run; choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, description)
+    write_json(folder / "environment.json", environment)
+    return {result.key for result in read_results(folder)} if results_path(folder).is_file() else set()
+
+
+def short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,39 @@
+"""Mixed precision: autocast over float32 weights, with loss scaling for float16. Weights are never cast."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+PrecisionName = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What autocast computes in on one kind of device; float32 means no autocast."""
+
+    name: PrecisionName
+    device_type: str
+
+    def autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.name)
+        return torch.autocast(self.device_type, dtype=dtype, enabled=self.name != "float32", cache_enabled=True)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Dynamic loss scaling for float16; passes everything through otherwise."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.name == "float16")
+
+
+def choose_precision(device: torch.device, fp16: bool = False, bf16: bool = False) -> Precision:
+    """What was asked for; if nothing was, bfloat16 where the processor computes in it, float32 elsewhere."""
+    if fp16:
+        return Precision("float16", device.type)
+    return Precision("bfloat16" if bf16 or has_bfloat16(device) else "float32", device.type)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has bfloat16 arithmetic of its own (not emulation)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "arm_bf16"))
