@@ -121,7 +121,7 @@ def read_chunks(
     at_edge = place(attn.rotary, q, attn.local_window or 0).unflatten(0, (attn.num_kv_heads, -1))
     reads = []
     for group in range(attn.num_kv_heads):
-        scores = torch.stack([s[group] for s in summaries]) @ queries[group].sum(0)
+        scores = (torch.stack([s[group] for s in summaries]) @ queries[group].sum(0)[:, None]).squeeze(1)
         chosen = best(scores, attn.top_k)
         tokens = [t for j in chosen for t in range(j * attn.chunk_size, (j + 1) * attn.chunk_size)]
         reads.append(attend(at_edge[group], [keys[t][group, None] for t in tokens], [values[t][group, None] for t in tokens]))
@@ -142,9 +142,9 @@ def naive_fmka(attn: FastMemoryKeyedAttention, x: Tensor, positions: Tensor) -> 
         if attn.top_k:
             u = attn.index_q_proj(x_t)
         if candidates:
-            scores = torch.stack(index_keys[:candidates]) @ u
+            scores = (torch.stack(index_keys[:candidates]) @ u[:, None]).squeeze(1)
             chosen = best(scores, attn.top_k)
-            r = scores[chosen].softmax(-1) @ torch.stack([means[j] for j in chosen])
+            r = (scores[None, chosen].softmax(-1) @ torch.stack([means[j] for j in chosen])).squeeze(0)
         mix = route(attn, q, [True, m is not None, candidates > 0])
         f = mix[0] * x_t + mix[1] * (x_t * 0 if m is None else m) + mix[2] * r
         keys.append(place(attn.rotary, heads(attn, attn.k_proj, f), position))

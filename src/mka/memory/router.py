@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, silu
 
 from mka.ops.precision import no_autocast, upcast
 
@@ -38,8 +39,13 @@ class Router(nn.Module):
         The local level always exists, so the weights always sum to one.
         """
         with no_autocast(q):
-            logits = self.output(nn.functional.silu(self.hidden(upcast(q).flatten(2))))
+            logits = wide_linear(self.output, silu(wide_linear(self.hidden, upcast(q).flatten(2))))
             mix = logits.masked_fill(~exists, -torch.inf).softmax(-1)
             local = torch.zeros_like(mix)
             local[..., LOCAL] = 1
             return torch.lerp(local, mix, self.gate.to(mix.dtype))
+
+
+def wide_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in float32 or better, whatever its weights are kept in."""
+    return linear(x, upcast(layer.weight), upcast(layer.bias))

@@ -1,0 +1,54 @@
+"""Text files: which files of a folder are text, and why a named one is not."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from mka.config import InputError
+
+
+def read_named_file(path: Path) -> str:
+    """The text of a file that the user named. Raises InputError if it is not a file of UTF-8 text."""
+    try:
+        if not path.exists():
+            raise ValueError("does not exist")
+        if not path.is_file():
+            raise ValueError("is neither a file nor a folder")
+        return decode_text(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"text_path {str(path)!r} cannot be read: {error.strerror}; give UTF-8 text") from error
+    except ValueError as error:
+        raise InputError(f"text_path {str(path)!r} {error}; give files or folders of UTF-8 text") from error
+
+
+def read_folder(folder: Path, pattern: str, wanted: Callable[[Path], bool]) -> tuple[dict[Path, tuple[str, str]], int]:
+    """Texts below a folder, and how many wanted files are not text (or cannot be read).
+
+    Keys are resolved paths; values are (path relative to the folder, text), sorted by that relative path.
+    """
+    documents: dict[Path, tuple[str, str]] = {}
+    skipped = 0
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob(pattern) if os.path.isfile(path)}
+    for name in sorted(names):
+        if not wanted(Path(name)):
+            continue
+        try:
+            text = decode_text(names[name].read_bytes())
+        except (OSError, ValueError):
+            skipped += 1
+            continue
+        documents.setdefault(names[name].resolve(), (name, text))
+    return documents, skipped
+
+
+def decode_text(raw: bytes) -> str:
+    """UTF-8 text as it stands, line ends untouched. Raises ValueError saying why it is not text."""
+    if b"\0" in raw:
+        raise ValueError("holds NUL bytes, so it is not text")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 (byte {error.start})") from error
+    if not text.strip():
+        raise ValueError("is blank")
+    return text

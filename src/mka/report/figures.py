@@ -1,0 +1,102 @@
+"""Curves and results -> SVG figures: the same results give the same bytes.
+
+loss_tokens.svg       train loss (smoothed lines) and held-out loss (points) against tokens trained on
+loss_time.svg         the same against seconds of training
+perplexity_cache.svg  held-out perplexity against cache bytes per token
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from mka.report.curves import cut, mean_curve, smooth
+from mka.report.labels import label_points
+from mka.report.style import STYLES, compact, empty_figure, save_svg, title
+from mka.report.summary import Summary, latest, summarise
+from mka.results import CurvePoint, Result, read_curve
+
+Curves = dict[str, list[CurvePoint]]
+
+
+def save_figures(folder: Path, results: Iterable[Result]) -> list[Path]:
+    """Write the figures of a run folder to its figures/ and return their paths.
+
+    Curves are read from the folder; without any, the two loss figures are left out.
+    """
+    rows = latest(results)
+    curves = seed_means(folder, rows)
+    figures: dict[str, Callable[[], Figure]] = {}
+    if any(curves.values()):
+        figures["loss_tokens"] = lambda: loss_figure(curves, "tokens", seeds_note(rows))
+        figures["loss_time"] = lambda: loss_figure(curves, "seconds", seeds_note(rows))
+    if rows:
+        figures["perplexity_cache"] = lambda: cache_figure(summarise(rows), seeds_note(rows))
+    return [save_svg(folder / "figures" / f"{name}.svg", draw) for name, draw in figures.items()]
+
+
+def seed_means(folder: Path, rows: Sequence[Result]) -> Curves:
+    kinds = dict.fromkeys(row.attention_type for row in rows)
+    keys = [row.key for row in rows]
+    return {kind: mean_curve([read_curve(folder, *key) for key in keys if key[0] == kind]) for kind in kinds}
+
+
+def seeds_note(rows: Sequence[Result]) -> str:
+    seeds = len({row.seed for row in rows})
+    return f"; mean of {seeds} seeds" if seeds > 1 else ""
+
+
+def loss_figure(curves: Curves, against: str, note: str) -> Figure:
+    """Loss against "tokens" or "seconds". The first steps are cut off, or nothing else could be told apart."""
+    figure, axes = empty_figure(width=0.76)
+    for kind, points in by_final_loss(curves):
+        draw_curve(axes, kind, points, against)
+    axes.set_ylim(*cut(curves.values()))
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: compact(x)))
+    axes.set_xlabel({"tokens": "tokens trained on", "seconds": "training time (s)"}[against])
+    axes.set_ylabel("loss (nats per token)")
+    where = {"tokens": "tokens", "seconds": "training time"}[against]
+    title(axes, f"Loss against {where}", f"points: held-out; lines: train, smoothed{note}")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0, labelspacing=0.8)
+    return figure
+
+
+def draw_curve(axes: Axes, kind: str, points: Sequence[CurvePoint], against: str) -> None:
+    colour, marker = STYLES[kind]
+    train = [(getattr(point, against), point.train_loss) for point in points if point.train_loss is not None]
+    held_out = [(getattr(point, against), point.eval_loss) for point in points if point.eval_loss is not None]
+    axes.plot([x for x, _ in train], smooth([y for _, y in train]), color=colour, linewidth=0.9, alpha=0.75)
+    look = {"color": colour, "marker": marker, "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.4}
+    axes.plot([x for x, _ in held_out], [y for _, y in held_out], linestyle="none", zorder=3, **look)
+    axes.plot([], [], linewidth=0.9, label=kind.upper(), **look)
+
+
+def by_final_loss(curves: Curves) -> list[tuple[str, list[CurvePoint]]]:
+    """The highest curve first, so that the legend reads in the order of the curves' ends."""
+    drawn = [(kind, points) for kind, points in curves.items() if points]
+    final = {kind: [p.eval_loss for p in points if p.eval_loss is not None][-1:] for kind, points in drawn}
+    return sorted(drawn, key=lambda item: final[item[0]], reverse=True)
+
+
+def cache_figure(summaries: Sequence[Summary], note: str) -> Figure:
+    """Perplexity against cache bytes per token (log scale); bars are a sample standard deviation over seeds."""
+    figure, axes = empty_figure()
+    for summary in summaries:
+        colour, marker = STYLES[summary.attention_type]
+        spread = summary.perplexity.spread
+        look = {"color": colour, "marker": marker, "markersize": 8, "capsize": 3, "elinewidth": 1}
+        axes.errorbar(summary.cache_bytes_per_token, summary.perplexity.value, yerr=spread, linestyle="none", **look)
+    axes.set_xscale("log", base=2)
+    axes.margins(0.12)
+    axes.xaxis.set_major_locator(LogLocator(base=2))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.set_xlabel("cache per token (bytes, bfloat16, log scale)")
+    axes.set_ylabel("held-out perplexity (per token)")
+    bars = "; bars: one standard deviation" if note else ""
+    title(axes, "Held-out perplexity against the size of the cache", f"lower left is better{note}{bars}")
+    label_points(axes, figure, [(s.name, s.cache_bytes_per_token, s.perplexity) for s in summaries])
+    return figure

@@ -1,0 +1,94 @@
+"""Results of several seeds -> one `Summary` a mechanism."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from mka.config import ATTENTION_TITLES, unknown_name
+from mka.results import Result
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean over seeds and sample standard deviation, in the unit of the values. `spread` is None for one seed."""
+
+    value: float
+    spread: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One mechanism over its seeds; units as in `Result`. Memory is None unless every seed measured it."""
+
+    attention_type: str
+    seeds: tuple[int, ...]
+    train_loss: Mean
+    eval_loss: Mean
+    perplexity: Mean
+    bits_per_byte: Mean
+    train_seconds: Mean
+    eval_seconds: Mean
+    tokens_per_second: Mean
+    memory_allocated: Mean | None
+    memory_reserved: Mean | None
+    parameters: int
+    cache_bytes_per_token: float
+
+    @property
+    def name(self) -> str:
+        return self.attention_type.upper()
+
+    @property
+    def title(self) -> str:
+        return ATTENTION_TITLES[self.attention_type]
+
+    @property
+    def num_seeds(self) -> int:
+        return len(self.seeds)
+
+
+def latest(results: Iterable[Result]) -> list[Result]:
+    """The last result of each mechanism and seed, in the order of ATTENTION_TITLES, then by seed.
+
+    Raises InputError for a mechanism that is not there.
+    """
+    last = {result.key: result for result in results}
+    order = list(ATTENTION_TITLES)
+    for kind, _ in last:
+        if kind not in ATTENTION_TITLES:
+            raise unknown_name("attention_type", kind, order)
+    return sorted(last.values(), key=lambda result: (order.index(result.attention_type), result.seed))
+
+
+def summarise(results: Iterable[Result]) -> list[Summary]:
+    """One Summary a mechanism, in the order of ATTENTION_TITLES; of a repeated seed the last result counts."""
+    rows = latest(results)
+    groups = [[row for row in rows if row.attention_type == kind] for kind in ATTENTION_TITLES]
+    return [summary(group) for group in groups if group]
+
+
+def summary(rows: Sequence[Result]) -> Summary:
+    return Summary(
+        attention_type=rows[0].attention_type,
+        seeds=tuple(row.seed for row in rows),
+        train_loss=mean([row.train_loss for row in rows]),
+        eval_loss=mean([row.eval_loss for row in rows]),
+        perplexity=mean([row.perplexity for row in rows]),
+        bits_per_byte=mean([row.bits_per_byte for row in rows]),
+        train_seconds=mean([row.train_seconds for row in rows]),
+        eval_seconds=mean([row.eval_seconds for row in rows]),
+        tokens_per_second=mean([row.tokens_per_second for row in rows]),
+        memory_allocated=mean_if_measured([row.memory_allocated for row in rows]),
+        memory_reserved=mean_if_measured([row.memory_reserved for row in rows]),
+        parameters=rows[-1].parameters,
+        cache_bytes_per_token=rows[-1].cache_bytes_per_token,
+    )
+
+
+def mean(values: Sequence[float]) -> Mean:
+    return Mean(fmean(values), stdev(values) if len(values) > 1 else None)
+
+
+def mean_if_measured(values: Sequence[float | None]) -> Mean | None:
+    measured = [value for value in values if value is not None]
+    return mean(measured) if len(measured) == len(values) else None

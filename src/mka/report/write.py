@@ -1,0 +1,84 @@
+"""A run folder's results -> its table.md and figures/."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mka.config import InputError
+from mka.report.conditions import configuration, environments
+from mka.report.figures import save_figures
+from mka.report.summary import Summary, latest, summarise
+from mka.report.tables import markdown_table
+from mka.results import Result, read_results, results_path, write_atomically
+
+LEGEND = """\
+- **Train loss**: mean over the last tenth of the steps, in nats per token.
+- **Eval loss**: mean over the held-out split, in nats per token.
+- **Perplexity**: exp(eval loss), per token of the tokenizer. It compares only runs with one tokenizer and one corpus.
+- **Bits/byte**: held-out loss per byte of text, in bits. It compares runs across tokenizers.
+- **Train time**, **Eval time**: seconds; evaluation is never part of the train time.
+- **Tokens/s**: tokens trained on per second of train time.
+- **Memory allocated**, **Memory reserved**: peak during training, n/a where it could not be measured. On the CPU,
+  allocated is the peak resident memory above the one before training.
+- **Parameters**: all of the model's.
+- **Cache B/token**: bytes that decoding keeps for each token, in bfloat16, at the run's sequence length.
+- **Seeds**: seeds behind the row. With several, a number is the mean ± the sample standard deviation.
+
+A difference smaller than the spread over seeds, or any difference of single runs, may be noise.
+"""
+
+FIGURES = {
+    "loss_tokens": "Train and held-out loss against tokens trained on; the first steps may lie above the figure",
+    "loss_time": "The same against seconds of training",
+    "perplexity_cache": "Held-out perplexity against cache bytes per token",
+}
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Write table.md and figures/ of a run folder and return their paths, table.md first.
+
+    The same results give the same bytes. Raises InputError for a folder without results.
+    """
+    rows = latest(read_results(folder))
+    if not rows:
+        raise InputError(f"{results_path(folder)} holds no finished result yet; run `mka bench` on this folder again")
+    figures = save_figures(folder, rows)
+    table = folder / "table.md"
+    write_atomically(table, report_text(rows, figures))
+    return [table, *figures]
+
+
+def report_text(rows: Sequence[Result], figures: Iterable[Path] = ()) -> str:
+    """The text of table.md; `figures` are those written beside it."""
+    summaries = summarise(rows)
+    parts = [
+        f"# {heading(rows)}\n\n{seeds_sentence(summaries)}",
+        markdown_table(summaries),
+        "".join(f"- {summary.name}: {summary.title}\n" for summary in summaries),
+        *[f"![{FIGURES[path.stem]}]({path.parent.name}/{path.name})\n" for path in figures],
+        "## Columns\n\n" + LEGEND,
+        "## Configuration\n\n" + configuration(rows),
+        "## Environment\n\n" + environments(rows),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def heading(rows: Sequence[Result]) -> str:
+    config = rows[-1].config
+    corpus = f" on {config['dataset']}" if "dataset" in config else ""
+    preset = f", preset {config['preset']}" if "preset" in config else ""
+    return f"Attention mechanisms compared{corpus}{preset}"
+
+
+def seeds_sentence(summaries: Sequence[Summary]) -> str:
+    """Which seeds are behind the rows: once where all have the same, otherwise by mechanism."""
+    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for summary in summaries:
+        by_seeds.setdefault(summary.seeds, []).append(summary.name)
+    if len(by_seeds) == 1:
+        return f"Each mechanism with {name_seeds(summaries[0].seeds)}.\n"
+    return "; ".join(f"{', '.join(names)}: {name_seeds(seeds)}" for seeds, names in by_seeds.items()) + ".\n"
+
+
+def name_seeds(seeds: Sequence[int]) -> str:
+    word = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    return f"{word} ({', '.join(map(str, seeds))})"

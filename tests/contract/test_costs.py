@@ -1,0 +1,79 @@
+"""Costs are functions of the configuration, and agree with what is counted."""
+
+import checks
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mka.attention import CausalAttention
+from mka.attention.naive import naive, twin_of
+
+every_case = pytest.mark.parametrize(("kind", "variant"), checks.CASES)
+TOKENS = 29
+
+
+@every_case
+def test_parameters(kind: str, variant: str) -> None:
+    attn = checks.make(kind, variant)
+    assert attn.num_parameters == sum(p.numel() for p in attn.parameters())
+
+
+@every_case
+def test_flops_add_up_to_those_of_the_naive_twin(kind: str, variant: str) -> None:
+    attn = checks.make(kind, variant)
+    predicted = sum(attn.flops_per_token(t) for t in range(1, TOKENS + 1))
+    if kind == "mla":
+        predicted += absorbed_minus_expanded(attn)
+    with FlopCounterMode(display=False) as counter:
+        naive(attn, checks.rows(1, TOKENS))
+    assert counter.get_total_flops() == predicted
+
+
+def absorbed_minus_expanded(attn: CausalAttention) -> int:
+    """The twin of mla scores and reads latents: per key 4 H R (+ 2 H D_rope) where the expanded form takes 4 H D."""
+    heads, rank, c = attn.num_heads, attn.kv_lora_rank, attn.hidden_size
+    keys = sum(attn.keys_attended(t) for t in range(1, TOKENS + 1))
+    # Without a rotary part the twin multiplies empty vectors, which counts as nothing.
+    return keys * (4 * heads * rank - 4 * c)
+
+
+@every_case
+@pytest.mark.parametrize("tokens", [1, 2, 12, TOKENS])
+def test_state_is_what_the_naive_twin_holds(kind: str, variant: str, tokens: int) -> None:
+    attn = checks.make(kind, variant)
+    steps = twin_of(attn)(attn, checks.rows(1, tokens)[0], torch.arange(tokens))
+    for _ in range(tokens):
+        next(steps)
+    held = held_numbers(kind, attn, steps.gi_frame.f_locals)
+    assert attn.state_nbytes(1, tokens) == 8 * held
+    assert attn.state_nbytes(3, tokens, torch.bfloat16) == 2 * 3 * held
+
+
+def held_numbers(kind: str, attn: CausalAttention, held: dict) -> int:
+    """Numbers in the twin's lists that a later token can still read."""
+
+    def latest(name: str) -> int:
+        return sum(x.numel() for x in held[name][-(attn.local_window or len(held[name])) :])
+
+    def everything(name: str) -> int:
+        return sum(x.numel() for x in held[name])
+
+    if kind in ("mha", "mqa", "gqa"):
+        return latest("keys") + latest("values")
+    if kind == "mla":
+        return latest("latents") + (latest("rope_keys") if attn.qk_rope_head_dim else 0)
+    average = 0 if attn.session is None else held["session"].m.numel() + 1
+    if kind == "fmka":
+        open_chunk = attn.hidden_size if attn.top_k else 0
+        return latest("keys") + latest("values") + average + open_chunk + everything("means") + everything("index_keys")
+    tokens = everything if attn.top_k else latest
+    summaries = everything("summaries") + attn.kv_size if attn.top_k else 0
+    slots = everything("slots") + everything("slot_values")
+    return tokens("raw") + tokens("values") + slots + average + summaries
+
+
+@pytest.mark.parametrize("kind", ["mla"])
+def test_latent_cache_is_smaller_than_the_keys_and_values_of_mha(kind: str) -> None:
+    sizes = {"hidden_size": 256, "num_heads": 8}
+    latent, full = (checks.build_attention(name, **sizes) for name in (kind, "mha"))
+    assert latent.state_nbytes(1, 100) * 4 == full.state_nbytes(1, 100)
