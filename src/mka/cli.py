@@ -7,10 +7,12 @@ Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged; 
 """
 
 import contextlib
+import difflib
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +31,9 @@ class ReportConfig:
     folder: tyro.conf.Positional[str]
     """Folder of a `mka bench` run."""
 
+
+TABLE_WIDTH = 110
+"""Columns of the table where the output is not a terminal."""
 
 Command = (
     Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")]
@@ -68,16 +73,17 @@ def parse(form: Any, program: str, arguments: Sequence[str] | None) -> Any:
 
 
 def one_line(box: str) -> str:
-    """The first section of tyro's message box, without its frame."""
-    sections: list[list[str]] = [[]]
-    for line in box.splitlines():
-        text = line.strip().strip("│╭╮╰╯─-").strip()
-        if text:
-            sections[-1].append(text)
-        else:
-            sections.append([])
-    filled = [" ".join(section) for section in sections if section]
-    return filled[1] if len(filled) > 1 else filled[0]
+    """The first paragraph of tyro's message box, without frame and title; for an unknown flag, the nearest one."""
+    lines = [line.strip("│╭╮╰╯─- \t") for line in box.splitlines()]
+    first = next(number for number, line in enumerate(lines) if line)
+    paragraph = takewhile(bool, dropwhile(lambda line: not line, lines[first + 1 :]))
+    message = " ".join(paragraph)
+    flags = [word.strip(",") for word in message.split() if word.startswith("--")]
+    if message.startswith("Unrecognized") and flags:
+        known = [f"--{field.name}" for field in fields(BenchmarkConfig)]
+        alike = [flag for flag in known if flag.startswith(flags[0][:4])] or known
+        message += f"; nearest: {difflib.get_close_matches(flags[0], alike, n=1, cutoff=0.0)[0]}"
+    return f"{message} (--help lists all options)"
 
 
 def run_bench(config: BenchmarkConfig) -> int:
@@ -99,14 +105,15 @@ def run_bench(config: BenchmarkConfig) -> int:
 
 
 def run_report(config: ReportConfig) -> int:
-    return finish(Path(config.folder), Console(highlight=False))
+    return finish(Path(config.folder), Console(highlight=False, soft_wrap=True))
 
 
 def finish(folder: Path, console: Console) -> int:
     """Write the report of a folder and print its table."""
     written = write_report(folder)
     console.print()
-    Console(highlight=False).print(console_table(summarise(read_results(folder))))
+    plain_width = None if console.is_terminal else TABLE_WIDTH
+    Console(highlight=False, width=plain_width).print(console_table(summarise(read_results(folder))))
     console.print(f"Results  {results_path(folder)}\nReport   {', '.join(str(path) for path in written)}")
     return 0
 

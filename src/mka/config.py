@@ -203,8 +203,10 @@ class ResolvedConfig(BenchmarkConfig):
                 raise unknown_name("attention_type", kind, ATTENTION_TITLES)
         if self.dataset not in DATASETS:
             raise unknown_name("dataset", self.dataset, DATASETS)
-        if (self.dataset == "text") != bool(self.text_path):
-            raise InputError(f"--dataset {self.dataset} with text_path {list(self.text_path)}; text needs both, others none")
+        if self.dataset == "text" and not self.text_path:
+            raise InputError("--dataset text needs --text_path with one or more files or folders")
+        if self.text_path and self.dataset != "text":
+            raise InputError(f"text_path is {self.text_path[0]!r} but dataset is {self.dataset!r}; give --dataset text")
         if self.fp16 and self.bf16:
             raise InputError("--fp16 and --bf16 are both given; choose one")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PROBE_SECONDS = 5
+NOT_REACHED = "it is not on this machine, and the hub cannot be reached"
 
 
 def hub_is_reachable() -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mka.config import InputError
-from mka.data.hub import first_line, hub_is_reachable
+from mka.data.hub import NOT_REACHED, first_line, hub_is_reachable
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -126,11 +126,12 @@ def load_tokenizer_json(path: str, spec: str) -> TextTokenizer:
 def load_pretrained(spec: str) -> TextTokenizer:
     from transformers import AutoTokenizer
 
-    local = os.path.exists(spec) or not hub_is_reachable()
+    reachable = os.path.exists(spec) or hub_is_reachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec, local_files_only=local, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(spec, local_files_only=not reachable, trust_remote_code=False)
     except Exception as error:  # a download or a foreign file can fail in every way that its libraries know
-        raise InputError(f"tokenizer {spec!r} cannot be loaded: {first_line(error)}; {ALLOWED_OFFLINE}") from error
+        reason = first_line(error) if reachable else NOT_REACHED
+        raise InputError(f"tokenizer {spec!r} cannot be loaded: {reason}; {ALLOWED_OFFLINE}") from error
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {spec!r} has no fast version, which offsets need; {ALLOWED_OFFLINE}")
     return with_end_of_text(tokenizer.backend_tokenizer, tokenizer.eos_token_id, spec)

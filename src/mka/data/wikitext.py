@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from mka.config import InputError
-from mka.data.hub import datasets_without_hub, first_line, hub_is_reachable
+from mka.data.hub import NOT_REACHED, datasets_without_hub, first_line, hub_is_reachable
 
 WIKITEXT_SOURCE = "Salesforce/wikitext"
 CONFIGURATIONS = {"wikitext2": "wikitext-2-raw-v1", "wikitext103": "wikitext-103-raw-v1"}
@@ -24,7 +24,8 @@ def load_wikitext(dataset: str, source: str = WIKITEXT_SOURCE) -> dict[str, list
             splits = datasets.load_dataset(source, CONFIGURATIONS[dataset])
         return {split: articles(splits[split]["text"]) for split in ("train", "validation", "test")}
     except Exception as error:  # a download can fail in every way that its libraries know
-        raise InputError(f"--dataset {dataset} cannot be loaded: {first_line(error)}; {OFFLINE_WAY}") from error
+        reason = first_line(error) if reachable else NOT_REACHED
+        raise InputError(f"--dataset {dataset} cannot be loaded: {reason}; {OFFLINE_WAY}") from error
 
 
 def articles(rows: Iterable[str]) -> list[tuple[str, str]]:
