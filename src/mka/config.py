@@ -39,14 +39,14 @@ def check_at_least(name: str, value: float | None, least: float) -> None:
         raise InputError(f"{name} is {value}; it must be at least {least}")
 
 
-def check_heads(hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
-    """H must divide C, and G must divide H; otherwise an InputError that lists the divisors."""
+def check_heads(hidden_size: int, num_heads: int, num_kv_heads: int, kv_option: str = "num_kv_heads") -> None:
+    """H must divide C, and G (called `kv_option`) must divide H; otherwise an InputError that lists the divisors."""
     check_at_least("hidden_size", hidden_size, 1)
     check_at_least("num_heads", num_heads, 1)
     if hidden_size % num_heads:
         raise InputError(f"num_heads is {num_heads}; it must divide hidden_size {hidden_size}: {divisors(hidden_size)}")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise InputError(f"num_groups is {num_kv_heads}; it must divide the {num_heads} heads: {divisors(num_heads)}")
+        raise InputError(f"{kv_option} is {num_kv_heads}; it must divide the {num_heads} heads: {divisors(num_heads)}")
 
 
 def check_memory(
@@ -218,7 +218,7 @@ class ResolvedConfig(BenchmarkConfig):
         check_memory(self.local_window, self.chunk_size, self.top_k, self.session_decay)
         preset = PRESETS[self.preset]
         kv_heads = self.num_groups if "gqa" in self.mechanisms else 1
-        check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads)
+        check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads, "num_groups")
 
 
 def attention_options(kind: str, config: BenchmarkConfig) -> dict[str, object]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mka.attention.base import CausalAttention
-from mka.config import SessionDecay, check_memory
+from mka.config import InputError, SessionDecay, check_at_least, check_memory
 from mka.memory.longterm import num_candidates
 from mka.memory.router import LOCAL, LONG_TERM, NUM_LEVELS, SESSION, Router
 from mka.memory.session import SessionAverage
@@ -24,6 +24,8 @@ class GroupedAttention(CausalAttention):
         rotary: RotaryEmbedding | None,
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, bias, rotary)
+        if rotary is not None and rotary.head_dim != self.head_dim:
+            raise InputError(f"rotary.head_dim is {rotary.head_dim}; it must be the head size, {self.head_dim}")
         self.kv_size = num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
         self.k_proj = nn.Linear(hidden_size, self.kv_size, bias=bias)
@@ -67,8 +69,10 @@ class MemoryAttention(GroupedAttention):
         bias: bool,
         rotary: RotaryEmbedding | None,
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_kv_heads or num_heads, local_window, bias, rotary)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, bias, rotary)
         check_memory(local_window, chunk_size, top_k, session_decay)
+        check_at_least("router_size", router_size, 1)
         self.chunk_size = chunk_size
         self.top_k = top_k
         self.router_size = router_size or max(1, hidden_size // 2)

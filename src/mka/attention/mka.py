@@ -47,7 +47,7 @@ class MemoryKeyedAttention(MemoryAttention):
         bias: bool = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        top_k = top_k if local_window else 0
+        top_k = min(top_k, 0) if local_window is None else top_k
         shared = (chunk_size, top_k, session_decay, router_size, bias, rotary)
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
         check_at_least("session_stride", session_stride, 1)

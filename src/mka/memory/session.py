@@ -29,7 +29,7 @@ class SessionAverage(nn.Module):
     def decay(self, x: Tensor) -> Tensor:
         """a (C,), each in (0, 1), for inputs x (..., C)."""
         if self.fixed_decay is None:
-            return torch.sigmoid(self.decay_logit)
+            return torch.sigmoid(upcast(self.decay_logit))  # in bfloat16 the slow decays would round to 1
         return torch.full((x.shape[-1],), self.fixed_decay, dtype=upcast(x).dtype, device=x.device)
 
     def forward(self, x: Tensor) -> Tensor:

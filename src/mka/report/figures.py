@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mka.report.curves import cut, mean_curve, smooth
 from mka.report.labels import label_points
@@ -91,7 +91,9 @@ def cache_figure(summaries: Sequence[Summary], note: str) -> Figure:
         axes.errorbar(summary.cache_bytes_per_token, summary.perplexity.value, yerr=spread, linestyle="none", **look)
     axes.set_xscale("log", base=2)
     axes.margins(0.12)
-    axes.xaxis.set_major_locator(LogLocator(base=2))
+    sizes = [summary.cache_bytes_per_token for summary in summaries]
+    # Powers of two, unless so few of them fit that the axis could not be read.
+    axes.xaxis.set_major_locator(LogLocator(base=2) if max(sizes) >= 4 * min(sizes) else MaxNLocator(5))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set_xlabel("cache per token (bytes, bfloat16, log scale)")

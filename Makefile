@@ -1,0 +1,36 @@
+# Every command goes through .venv/bin/python: nothing needs to be activated.
+#   make bench ARGS="--attention_type mka --epochs 5"      make test ARGS="tests/ops -x"
+
+PYTHON_IN_VENV := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup bench test check format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo '  Options for bench and test go into ARGS: make bench ARGS="--attention_type mka"'
+
+setup: ## Make or update the environment in .venv
+	@bash setup.sh
+
+bench: setup ## Compare the attention mechanisms on the embedded corpus
+	$(PYTHON_IN_VENV) src/experiments/benchmark.py $(ARGS)
+
+# One thread for each of the two workers, so that they do not fight over the processor.
+test: setup ## Run the tests
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
+
+check: setup ## Lint, formatting, types, and the order of imports
+	$(PYTHON_IN_VENV) -m ruff check
+	$(PYTHON_IN_VENV) -m ruff format --check
+	$(PYTHON_IN_VENV) -m pyright
+	$(PYTHON_IN_VENV) .venv/bin/lint-imports
+
+format: setup ## Format the code and put its imports in order
+	$(PYTHON_IN_VENV) -m ruff check --fix-only
+	$(PYTHON_IN_VENV) -m ruff format
+
+clean: ## Remove caches and build leftovers (.venv and runs/ stay)
+	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist src/*.egg-info
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,97 @@
+"""Train a small FastMKA language model on Python's standard library, and let it write.
+
+    python examples/fmka_example.py
+    python examples/fmka_example.py --max_steps 600 --prompt "class Queue:"
+"""
+
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+from mka.data import BlockBatches, TextTokenizer, evaluation_batches, load_corpus, prepare_tokens
+from mka.evaluation import HeldOutLoss, held_out_loss
+from mka.models import build_model, gpt2_config, mechanisms
+from mka.training import TrainingPlan, TrainingRun, choose_precision, keep_freed_memory, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Train a small FastMKA model and sample from it."""
+
+    max_steps: int = 150
+    """Optimiser steps of 8 x 256 tokens."""
+    prompt: str = "def read_file(path):\n"
+    """What the model goes on from."""
+    num_tokens: int = 120
+    """Tokens to sample."""
+    seed: int = 0
+    """Of the weights, the order of the batches and the sampling."""
+
+
+SEQUENCE_LENGTH, BATCH_SIZE = 256, 8
+
+
+def main(example: Example) -> None:
+    keep_freed_memory()
+    torch.manual_seed(example.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    corpus = prepare_tokens(load_corpus("stdlib"), "bpe", vocab_size=8192)
+    config = gpt2_config(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        vocab_size=corpus.tokenizer.vocab_size,
+        max_position_embeddings=SEQUENCE_LENGTH,
+        eos_token_id=corpus.tokenizer.eos_id,
+    )
+    model = build_model("fmka", config, example.seed, local_window=64, num_kv_heads=2).to(device)
+    state = sum(layer.state_nbytes(1, SEQUENCE_LENGTH, torch.bfloat16) for layer in mechanisms(model))
+    print(f"{model.num_parameters():,} parameters; {state:,} bytes of bfloat16 state hold {SEQUENCE_LENGTH} tokens")
+
+    batches = BlockBatches(corpus.splits["train"].ids, SEQUENCE_LENGTH, BATCH_SIZE, example.seed)
+    precision = choose_precision(device)
+
+    def held_out() -> HeldOutLoss:
+        scored = evaluation_batches(corpus.splits["validation"], SEQUENCE_LENGTH, BATCH_SIZE, max_tokens=16384)
+        return held_out_loss(model, scored, device, precision.autocast())
+
+    def look() -> float:
+        held = held_out()
+        print(f"held out: {held.perplexity:8.1f} perplexity per token, {held.bits_per_byte:.3f} bits per byte")
+        return held.loss
+
+    def progress(run: TrainingRun) -> None:
+        if len(run.losses) % 10 == 0:
+            print(f"step {len(run.losses)}/{example.max_steps}, loss {run.losses[-1]:.3f}")
+
+    plan = TrainingPlan(
+        batch_at=batches.at,
+        tokens_per_step=BATCH_SIZE * SEQUENCE_LENGTH,
+        steps=example.max_steps,
+        accumulation=1,
+        learning_rate=3e-3,
+        precision=precision,
+        device=device,
+    )
+    train(model, plan, look, progress)
+    print("-" * 80 + "\n" + sample(model, corpus.tokenizer, example.prompt, example.num_tokens, device))
+
+
+@torch.no_grad()
+def sample(
+    model: torch.nn.Module, tokenizer: TextTokenizer, prompt: str, num_tokens: int, device: torch.device
+) -> str:
+    """Top-40 sampling at temperature 0.8; every step reads the latest tokens anew, without a cache."""
+    model.eval()
+    tokens = torch.tensor(tokenizer.encode_batch([prompt]), device=device)
+    for _ in range(num_tokens):
+        logits = model(tokens[:, -SEQUENCE_LENGTH:]).logits[0, -1].float() / 0.8
+        best, index = logits.topk(40)
+        chosen = index[torch.multinomial(best.softmax(-1), 1)]
+        tokens = torch.cat([tokens, chosen[None]], dim=1)
+    return tokenizer.decode(tokens[0].tolist())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Example, use_underscores=True))
