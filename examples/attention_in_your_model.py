@@ -1,6 +1,6 @@
 """One line to change in a plain PyTorch block: its attention.
 
-    python examples/attention_in_your_model.py
+python examples/attention_in_your_model.py
 """
 
 import torch

@@ -1,13 +1,14 @@
 """Train a small FastMKA language model on Python's standard library, and let it write.
 
-    python examples/fmka_example.py
-    python examples/fmka_example.py --max_steps 600 --prompt "class Queue:"
+python examples/fmka_example.py
+python examples/fmka_example.py --max_steps 600 --prompt "class Queue:"
 """
 
 from dataclasses import dataclass
 
 import torch
 import tyro
+from torch import nn
 
 from mka.data import BlockBatches, TextTokenizer, evaluation_batches, load_corpus, prepare_tokens
 from mka.evaluation import HeldOutLoss, held_out_loss
@@ -45,9 +46,12 @@ def main(example: Example) -> None:
         max_position_embeddings=SEQUENCE_LENGTH,
         eos_token_id=corpus.tokenizer.eos_id,
     )
-    model = build_model("fmka", config, example.seed, local_window=64, num_kv_heads=2).to(device)
+    model: nn.Module = build_model("fmka", config, example.seed, local_window=64, num_kv_heads=2)
+    model.to(device=device)
     state = sum(layer.state_nbytes(1, SEQUENCE_LENGTH, torch.bfloat16) for layer in mechanisms(model))
-    print(f"{model.num_parameters():,} parameters; {state:,} bytes of bfloat16 state hold {SEQUENCE_LENGTH} tokens")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {state:,} bytes of bfloat16 state hold {SEQUENCE_LENGTH} tokens"
+    )
 
     batches = BlockBatches(corpus.splits["train"].ids, SEQUENCE_LENGTH, BATCH_SIZE, example.seed)
     precision = choose_precision(device)
@@ -79,9 +83,7 @@ def main(example: Example) -> None:
 
 
 @torch.no_grad()
-def sample(
-    model: torch.nn.Module, tokenizer: TextTokenizer, prompt: str, num_tokens: int, device: torch.device
-) -> str:
+def sample(model: nn.Module, tokenizer: TextTokenizer, prompt: str, num_tokens: int, device: torch.device) -> str:
     """Top-40 sampling at temperature 0.8; every step reads the latest tokens anew, without a cache."""
     model.eval()
     tokens = torch.tensor(tokenizer.encode_batch([prompt]), device=device)

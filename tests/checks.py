@@ -28,7 +28,9 @@ CASES = [(kind, variant) for kind in ATTENTION_TYPES for variant in VARIANTS]
 
 def options_of(kind: str, wanted: dict[str, Any]) -> dict[str, Any]:
     """Those of the wanted options that the mechanism has."""
-    return {name: value for name, value in wanted.items() if name in inspect.signature(ATTENTION_TYPES[kind]).parameters}
+    return {
+        name: value for name, value in wanted.items() if name in inspect.signature(ATTENTION_TYPES[kind]).parameters
+    }
 
 
 def make(kind: str, variant: str = "small", dtype: torch.dtype = torch.float64, **changes: Any) -> CausalAttention:

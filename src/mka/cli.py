@@ -8,6 +8,7 @@ Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged; 
 
 import contextlib
 import difflib
+import errno
 import io
 import sys
 from collections.abc import Sequence
@@ -34,10 +35,10 @@ class ReportConfig:
 
 TABLE_WIDTH = 110
 """Columns of the table where the output is not a terminal."""
+GO_ON = "run the same command again to go on, finished results are kept"
 
 Command = (
-    Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")]
-    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+    Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")] | Annotated[ReportConfig, tyro.conf.subcommand("report")]
 )
 
 
@@ -55,8 +56,13 @@ def dispatch(form: Any, program: str, arguments: Sequence[str] | None) -> int:
     try:
         command = parse(form, program, arguments)
         return run_report(command) if isinstance(command, ReportConfig) else run_bench(command)
-    except (InputError, OSError) as error:
+    except InputError as error:
         return complain(program, error, 2)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return complain(program, f"{error}{f'; make room and {GO_ON}' if full else ''}", 2)
+    except KeyboardInterrupt:
+        return complain(program, f"interrupted; {GO_ON}", 130)
 
 
 def parse(form: Any, program: str, arguments: Sequence[str] | None) -> Any:
@@ -74,12 +80,14 @@ def parse(form: Any, program: str, arguments: Sequence[str] | None) -> Any:
 
 def one_line(box: str) -> str:
     """The first paragraph of tyro's message box, without frame and title; for an unknown flag, the nearest one."""
-    lines = [line.strip("│╭╮╰╯─- \t") for line in box.splitlines()]
+    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
     first = next(number for number, line in enumerate(lines) if line)
     paragraph = takewhile(bool, dropwhile(lambda line: not line, lines[first + 1 :]))
     message = " ".join(paragraph)
     flags = [word.strip(",") for word in message.split() if word.startswith("--")]
-    if message.startswith("Unrecognized") and flags:
+    if "misplaced" in message:
+        message += "; a command comes first: bench or report"
+    elif message.startswith("Unrecognized") and flags:
         known = [f"--{field.name}" for field in fields(BenchmarkConfig)]
         alike = [flag for flag in known if flag.startswith(flags[0][:4])] or known
         message += f"; nearest: {difflib.get_close_matches(flags[0], alike, n=1, cutoff=0.0)[0]}"
@@ -90,22 +98,25 @@ def run_bench(config: BenchmarkConfig) -> int:
     from mka.experiments import run_benchmark
     from mka.training import NonFiniteLoss
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
 
     def on_result(result: Result) -> None:
-        console.print("\n".join(result_lines(result)), markup=False)
+        console.print("\n".join(result_lines(result)))
 
     try:
         folder = run_benchmark(config, console, on_result)
     except NonFiniteLoss as error:
         return complain("mka", error, 1)
-    except KeyboardInterrupt:
-        return complain("mka", "interrupted; run the same command again to go on, finished results are kept", 130)
     return finish(folder, console)
 
 
 def run_report(config: ReportConfig) -> int:
-    return finish(Path(config.folder), Console(highlight=False, soft_wrap=True))
+    return finish(Path(config.folder), plain_console())
+
+
+def plain_console() -> Console:
+    """Prints what it is given: a bracket or a colon in a folder's name means nothing to it."""
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def finish(folder: Path, console: Console) -> int:

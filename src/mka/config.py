@@ -1,14 +1,14 @@
 """Everything a user can set, its defaults and its limits. No torch here.
 
-    BenchmarkConfig   what the command line gives (None: the preset's value)
-    Preset            a model size with the training budget that suits it
-    attention_options the keyword arguments one mechanism takes out of a BenchmarkConfig
+BenchmarkConfig   what the command line gives (None: the preset's value)
+Preset            a model size with the training budget that suits it
+attention_options the keyword arguments one mechanism takes out of a BenchmarkConfig
 """
 
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 ATTENTION_TITLES = {
     "mha": "Multi-Head Attention",
@@ -30,8 +30,18 @@ class InputError(ValueError):
 def unknown_name(what: str, value: str, allowed: Iterable[str]) -> InputError:
     """The error for a name that is not in a list: names the list and the nearest entry."""
     names = list(allowed)
-    near = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.0)
-    return InputError(f"unknown {what} {value!r}; allowed: {', '.join(names)}; nearest: {near[0]!r}")
+    return InputError(f"unknown {what} {value!r}; allowed: {', '.join(names)}; nearest: {nearest(value, names)!r}")
+
+
+def nearest(value: str, names: Iterable[str]) -> str:
+    """The name most like `value`; the right letters in the wrong order are nearly right."""
+
+    def likeness(name: str) -> float:
+        given = value.lower()
+        pairs = (given, name), ("".join(sorted(given)), "".join(sorted(name)))
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return max(names, key=likeness)
 
 
 def check_at_least(name: str, value: float | None, least: float) -> None:
@@ -170,20 +180,22 @@ class BenchmarkConfig:
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
-        return self.attention_type or tuple(ATTENTION_TITLES)
+        """Those to run, each once, in the order given."""
+        return tuple(dict.fromkeys(self.attention_type)) or tuple(ATTENTION_TITLES)
 
     def resolved(self) -> "ResolvedConfig":
         """The same configuration, checked, with the preset's values filled in. Raises InputError."""
         if self.preset not in PRESETS:
             raise unknown_name("preset", self.preset, PRESETS)
         preset = PRESETS[self.preset]
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("tokenizer", "sequence_length", "batch_size", "learning_rate"):
             if values[name] is None:
                 values[name] = getattr(preset, name)
         if self.epochs is None and self.max_steps is None:
             values["max_steps"] = preset.max_steps
-        config = ResolvedConfig(**values | {"attention_type": self.mechanisms})
+        values["attention_type"] = self.mechanisms
+        config = ResolvedConfig(**values)
         config.check()
         return config
 
@@ -192,10 +204,10 @@ class BenchmarkConfig:
 class ResolvedConfig(BenchmarkConfig):
     """A configuration that has passed its checks: nothing is left to the preset but the model's size."""
 
-    tokenizer: str
-    sequence_length: int
-    batch_size: int
-    learning_rate: float
+    tokenizer: str = PRESETS["quick"].tokenizer
+    sequence_length: int = PRESETS["quick"].sequence_length
+    batch_size: int = PRESETS["quick"].batch_size
+    learning_rate: float = PRESETS["quick"].learning_rate
 
     def check(self) -> None:
         for kind in self.attention_type:

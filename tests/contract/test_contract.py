@@ -1,11 +1,13 @@
 """Every mechanism, in every variant its options allow, keeps every promise of the contract."""
 
-import checks
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checks
 from mka.attention import CausalAttention
 
 every_case = pytest.mark.parametrize(("kind", "variant"), checks.CASES)
@@ -74,7 +76,7 @@ def test_equals_the_naive_twin_in_float32(kind: str, variant: str) -> None:
 @every_case
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_stays_near_float64(kind: str, variant: str, autocast: bool) -> None:
-    changes = {"top_k": 100 if variant != "literal" else 0}
+    changes: dict[str, Any] = {"top_k": 100 if variant != "literal" else 0}
     exact = checks.make(kind, variant, **changes)(checks.rows(2, TOKENS))[0]
     attn = checks.make(kind, variant, torch.float32 if autocast else torch.bfloat16, **changes)
     attn.load_state_dict(checks.make(kind, variant, **changes).state_dict())

@@ -1,11 +1,12 @@
 """Costs are functions of the configuration, and agree with what is counted."""
 
-import checks
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mka.attention import CausalAttention
+import checks
 from mka.attention.naive import naive, twin_of
 
 every_case = pytest.mark.parametrize(("kind", "variant"), checks.CASES)
@@ -29,7 +30,7 @@ def test_flops_add_up_to_those_of_the_naive_twin(kind: str, variant: str) -> Non
     assert counter.get_total_flops() == predicted
 
 
-def absorbed_minus_expanded(attn: CausalAttention) -> int:
+def absorbed_minus_expanded(attn: Any) -> int:
     """The twin of mla scores and reads latents: per key 4 H R (+ 2 H D_rope) where the expanded form takes 4 H D."""
     heads, rank, c = attn.num_heads, attn.kv_lora_rank, attn.hidden_size
     keys = sum(attn.keys_attended(t) for t in range(1, TOKENS + 1))
@@ -41,7 +42,7 @@ def absorbed_minus_expanded(attn: CausalAttention) -> int:
 @pytest.mark.parametrize("tokens", [1, 2, 12, TOKENS])
 def test_state_is_what_the_naive_twin_holds(kind: str, variant: str, tokens: int) -> None:
     attn = checks.make(kind, variant)
-    steps = twin_of(attn)(attn, checks.rows(1, tokens)[0], torch.arange(tokens))
+    steps: Any = twin_of(attn)(attn, checks.rows(1, tokens)[0], torch.arange(tokens))
     for _ in range(tokens):
         next(steps)
     held = held_numbers(kind, attn, steps.gi_frame.f_locals)
@@ -49,7 +50,7 @@ def test_state_is_what_the_naive_twin_holds(kind: str, variant: str, tokens: int
     assert attn.state_nbytes(3, tokens, torch.bfloat16) == 2 * 3 * held
 
 
-def held_numbers(kind: str, attn: CausalAttention, held: dict) -> int:
+def held_numbers(kind: str, attn: Any, held: dict) -> int:
     """Numbers in the twin's lists that a later token can still read."""
 
     def latest(name: str) -> int:

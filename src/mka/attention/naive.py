@@ -108,7 +108,7 @@ def naive_mka(attn: MemoryKeyedAttention, x: Tensor, positions: Tensor) -> Itera
         candidates = attn.num_candidates(t + 1)
         reads.append(read_chunks(attn, q, raw, values, summaries[:candidates]))
         mix = route(attn, q, [True, bool(slots), candidates > 0])
-        yield attn.o_proj(sum(weight * read for weight, read in zip(mix, reads, strict=True)).flatten())
+        yield attn.o_proj((mix[:, None, None] * torch.stack(reads)).sum(0).flatten())
 
 
 def read_chunks(
@@ -124,7 +124,9 @@ def read_chunks(
         scores = (torch.stack([s[group] for s in summaries]) @ queries[group].sum(0)[:, None]).squeeze(1)
         chosen = best(scores, attn.top_k)
         tokens = [t for j in chosen for t in range(j * attn.chunk_size, (j + 1) * attn.chunk_size)]
-        reads.append(attend(at_edge[group], [keys[t][group, None] for t in tokens], [values[t][group, None] for t in tokens]))
+        reads.append(
+            attend(at_edge[group], [keys[t][group, None] for t in tokens], [values[t][group, None] for t in tokens])
+        )
     return torch.cat(reads)
 
 
@@ -139,8 +141,7 @@ def naive_fmka(attn: FastMemoryKeyedAttention, x: Tensor, positions: Tensor) -> 
             index_keys.append(attn.index_k_proj(means[-1]))
         candidates = attn.num_candidates(t + 1)
         r = torch.zeros_like(x_t)
-        if attn.top_k:
-            u = attn.index_q_proj(x_t)
+        u = attn.index_q_proj(x_t) if attn.top_k else x_t
         if candidates:
             scores = (torch.stack(index_keys[:candidates]) @ u[:, None]).squeeze(1)
             chosen = best(scores, attn.top_k)

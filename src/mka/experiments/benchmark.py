@@ -1,6 +1,6 @@
 """The main job: train and evaluate every mechanism under the same conditions, one result line each.
 
-    corpus -> tokens -> same batches in the same order -> model with one mechanism -> held-out loss -> results.jsonl
+corpus -> tokens -> same batches in the same order -> model with one mechanism -> held-out loss -> results.jsonl
 """
 
 import time
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import GPT2LMHeadModel
+from torch import nn
 
 from mka.config import ATTENTION_TITLES, PRESETS, BenchmarkConfig, ResolvedConfig, attention_options
 from mka.data import BlockBatches, TokenizedCorpus, evaluation_batches, load_corpus, prepare_tokens
@@ -132,7 +132,8 @@ def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
     console.print(f"\n🏁 Testing {kind.upper()}...")
     console.print(f"Using {ATTENTION_TITLES[kind]}" + (f" (seed {seed})" if len(comparison.config.seeds) > 1 else ""))
     memory = PeakMemory(comparison.device)
-    model = make_model(comparison, kind, seed).to(comparison.device)
+    model = make_model(comparison, kind, seed)
+    model.to(comparison.device)
     try:
         run = train_model(comparison, model, seed)
     except NonFiniteLoss as error:
@@ -159,7 +160,7 @@ def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
         train_tokens=run.tokens,
         eval_tokens=held.tokens,
         skipped_steps=run.skipped_steps,
-        config=comparison.description,
+        config=comparison.description | {"seeds": list(comparison.config.seeds)},
         environment=comparison.environment,
     )
     write_curve(comparison.folder, kind, seed, run.curve)
@@ -167,7 +168,7 @@ def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
     return result
 
 
-def make_model(comparison: Comparison, kind: str, seed: int) -> GPT2LMHeadModel:
+def make_model(comparison: Comparison, kind: str, seed: int) -> nn.Module:
     """A GPT-2 of the preset's size; with --match parameters its MLP makes up for the mechanism's size."""
     config, preset, tokenizer = comparison.config, PRESETS[comparison.config.preset], comparison.corpus.tokenizer
     options = attention_options(kind, config)
@@ -184,7 +185,7 @@ def make_model(comparison: Comparison, kind: str, seed: int) -> GPT2LMHeadModel:
     return build_model(kind, gpt2, seed, **options)
 
 
-def train_model(comparison: Comparison, model: GPT2LMHeadModel, seed: int) -> TrainingRun:
+def train_model(comparison: Comparison, model: nn.Module, seed: int) -> TrainingRun:
     config = comparison.config
     train_batches = batches(config, comparison.corpus, seed)
     plan = TrainingPlan(
@@ -200,7 +201,7 @@ def train_model(comparison: Comparison, model: GPT2LMHeadModel, seed: int) -> Tr
         return train(model, plan, look=lambda: evaluate(comparison, model, LOOK_TOKENS).loss, on_step=on_step)
 
 
-def evaluate(comparison: Comparison, model: GPT2LMHeadModel, max_tokens: int | None = None) -> HeldOutLoss:
+def evaluate(comparison: Comparison, model: nn.Module, max_tokens: int | None = None) -> HeldOutLoss:
     """Loss on the validation split; never on train."""
     scored = held_out(comparison.config, comparison.corpus, max_tokens)
     return held_out_loss(model, scored, comparison.device, comparison.precision.autocast())

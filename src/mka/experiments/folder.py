@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mka.config import PRESETS, ResolvedConfig, InputError
+from mka.config import PRESETS, InputError, ResolvedConfig
 from mka.results import read_results, results_path, write_json
 
 NOT_IDENTITY = ("attention_type", "seeds", "output_dir")
@@ -35,7 +35,7 @@ def open_folder(folder: Path, description: dict[str, Any], environment: dict[str
     """
     path = folder / "config.json"
     if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = read_description(path)
         different = sorted(name for name in held.keys() | description.keys() if held.get(name) != description.get(name))
         if different:
             name = different[0]
@@ -45,10 +45,21 @@ def open_folder(folder: Path, description: dict[str, Any], environment: dict[str
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty and holds no config.json of a run; choose another --output_dir")
+    finished = {result.key for result in read_results(folder)} if results_path(folder).is_file() else set()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, description)
     write_json(folder / "environment.json", environment)
-    return {result.key for result in read_results(folder)} if results_path(folder).is_file() else set()
+    return finished
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_bytes())
+    except ValueError:
+        held = None
+    if not isinstance(held, dict):
+        raise InputError(f"{path} is not the config.json of a run; choose another --output_dir")
+    return held
 
 
 def short(value: Any) -> str:

@@ -21,9 +21,9 @@ QUERY_TILE = 512
 
 
 class Retrieved(NamedTuple):
-    """index (B, T, G, K): chunks, best first; found (B, T, G, K) bool: False where there were fewer candidates."""
+    """Both (B, T, G, K). chunk: which ones, best first; found: False where there were fewer candidates."""
 
-    index: Tensor
+    chunk: Tensor
     found: Tensor
 
 
@@ -68,7 +68,7 @@ def read_summaries(u: Tensor, keys: Tensor, means: Tensor, retrieved: Retrieved)
 
     u (B, T, E), keys s (B, J, E), means S (B, J, C), retrieved with G = 1. Returns (B, T, C).
     """
-    index, found = retrieved.index.squeeze(2), retrieved.found.squeeze(2)
+    index, found = retrieved.chunk.squeeze(2), retrieved.found.squeeze(2)
     with no_autocast(u):
         u, keys, means = upcast(u), upcast(keys), upcast(means)
         rows = torch.arange(u.shape[0], device=u.device)[:, None, None]

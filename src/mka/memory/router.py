@@ -15,7 +15,7 @@ START_BIAS = (1.0, 0.0, 0.0)
 class Router(nn.Module):
     """lambda_t = softmax(MLP(q_t)) over the levels that exist at t, in float32 or better.
 
-    The result is blended with the local level alone by the gate g, e_1 + g (lambda - e_1). From scratch g is fixed at 1.
+    The result is blended with the local level alone by a gate g, e_1 + g (lambda - e_1); from scratch g is fixed at 1.
     The output layer starts at zero weight and START_BIAS, so training starts from a known mix.
     """
 

@@ -1,6 +1,7 @@
 """transformers' GPT-2 with its attention replaced, and nothing else."""
 
 import math
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ def build_model(attention_type: str, config: GPT2Config, seed: int = 0, **option
     Embeddings, MLPs and norms depend on (config, seed) alone, so two mechanisms start from the same ones.
     Raises ValueError for an unknown mechanism and for options it does not allow.
     """
+    config = deepcopy(config)
     residual_std = config.initializer_range / math.sqrt(2 * config.n_layer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -40,10 +40,10 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | 
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
     """The window, exactly: a block of queries reads its own block of keys and the one before.
 
-            keys      block n-1   block n
-            query 0   . . # # #   #
-            query 1   . . . # #   # #           one band mask serves every block but the first
-            query 2   . . . . #   # # #
+    keys      block n-1   block n
+    query 0   . . # # #   #
+    query 1   . . . # #   # #           one band mask serves every block but the first
+    query 2   . . . . #   # # #
     """
     tokens = q.shape[1]
     size = max(window, MIN_BLOCK)

@@ -12,10 +12,11 @@ Shapes: x (B, T, C), decay a (C,), each in (0, 1).
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from mka.ops.precision import no_autocast, upcast
@@ -69,7 +70,7 @@ def _weight_sums(tokens: int, decay: Tensor) -> Tensor:
 
 class _CausalAverage(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, decay: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, decay: Tensor) -> Tensor:
         weights = _weight_sums(x.shape[1], decay)
         mean = decayed_sum(x, decay).div_(weights)
         ctx.save_for_backward(mean, decay)
@@ -77,7 +78,9 @@ class _CausalAverage(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (once_differentiable hides the name ctx)
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """dL/dx_t = a dL/dx_{t+1} + g_t / n_t; the decay's gradient follows y_{t-1} and dn_t/da."""
         mean, decay = ctx.saved_tensors
         weights = _weight_sums(mean.shape[1], decay)
