@@ -38,20 +38,10 @@ def main(example: Example) -> None:
     torch.manual_seed(example.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     corpus = prepare_tokens(load_corpus("stdlib"), "bpe", vocab_size=8192)
-    config = gpt2_config(
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        vocab_size=corpus.tokenizer.vocab_size,
-        max_position_embeddings=SEQUENCE_LENGTH,
-        eos_token_id=corpus.tokenizer.eos_id,
-    )
-    model: nn.Module = build_model("fmka", config, example.seed, local_window=64, num_kv_heads=2)
-    model.to(device=device)
+    model = make_model(corpus.tokenizer, example.seed).to(device)
+    size = sum(p.numel() for p in model.parameters())
     state = sum(layer.state_nbytes(1, SEQUENCE_LENGTH, torch.bfloat16) for layer in mechanisms(model))
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; {state:,} bytes of bfloat16 state hold {SEQUENCE_LENGTH} tokens"
-    )
+    print(f"{size:,} parameters; {state:,} bytes of bfloat16 state hold {SEQUENCE_LENGTH} tokens")
 
     batches = BlockBatches(corpus.splits["train"].ids, SEQUENCE_LENGTH, BATCH_SIZE, example.seed)
     precision = choose_precision(device)
@@ -80,6 +70,18 @@ def main(example: Example) -> None:
     )
     train(model, plan, look, progress)
     print("-" * 80 + "\n" + sample(model, corpus.tokenizer, example.prompt, example.num_tokens, device))
+
+
+def make_model(tokenizer: TextTokenizer, seed: int) -> nn.Module:
+    config = gpt2_config(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=SEQUENCE_LENGTH,
+        eos_token_id=tokenizer.eos_id,
+    )
+    return build_model("fmka", config, seed, local_window=64, num_kv_heads=2)
 
 
 @torch.no_grad()

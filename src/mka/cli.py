@@ -85,7 +85,7 @@ def one_line(box: str) -> str:
     paragraph = takewhile(bool, dropwhile(lambda line: not line, lines[first + 1 :]))
     message = " ".join(paragraph)
     flags = [word.strip(",") for word in message.split() if word.startswith("--")]
-    if "misplaced" in message:
+    if message.startswith("Unrecognized or misplaced"):
         message += "; a command comes first: bench or report"
     elif message.startswith("Unrecognized") and flags:
         known = [f"--{field.name}" for field in fields(BenchmarkConfig)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,13 @@ def open_folder(folder: Path, description: dict[str, Any], environment: dict[str
     """
     path = folder / "config.json"
     if path.is_file():
-        held = read_description(path)
-        different = sorted(name for name in held.keys() | description.keys() if held.get(name) != description.get(name))
+        held, ours = flat(read_description(path)), flat(description)
+        different = [name for name in held.keys() | ours.keys() if held.get(name) != ours.get(name)]
         if different:
-            name = different[0]
+            name = min(different, key=lambda name: (name.count("."), name))  # a flag rather than what follows from it
             raise InputError(
                 f"{folder} holds a different configuration: {name} is {short(held.get(name))} there and "
-                f"{short(description.get(name))} here; choose another --output_dir"
+                f"{short(ours.get(name))} here; choose another --output_dir"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty and holds no config.json of a run; choose another --output_dir")
@@ -60,6 +61,14 @@ def read_description(path: Path) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise InputError(f"{path} is not the config.json of a run; choose another --output_dir")
     return held
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def short(value: Any) -> str:

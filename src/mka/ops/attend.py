@@ -18,7 +18,8 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sc
     Returns (B, T, H, width of v). Memory is linear in T.
     """
     width = v.shape[-1]
-    v = pad(v, (0, k.shape[-1] - width))
+    if width != k.shape[-1]:
+        v = pad(v, (0, k.shape[-1] - width))
     if window is None or q.shape[1] <= window:
         return _sdpa(q, k, v, scale=scale, is_causal=True)[..., :width]
     return _attend_blocks(q, k, v, window, scale)[..., :width]
@@ -47,7 +48,8 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | 
     """
     tokens = q.shape[1]
     size = max(window, MIN_BLOCK)
-    q, k, v = (pad(x, (0, 0, 0, 0, 0, -tokens % size)) for x in (q, k, v))
+    if tokens % size:
+        q, k, v = (pad(x, (0, 0, 0, 0, 0, -tokens % size)) for x in (q, k, v))
     band = _band(size, 2 * size, window, q.device)
     first = _sdpa(q[:, :size], k[:, :size], v[:, :size], scale=scale, mask=band[:, size:])
     if q.shape[1] == size:

@@ -33,7 +33,9 @@ def decayed_sum(x: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
     """y_t = a y_{t-1} + x_t along dimension 1; with `reverse`, y_t = a y_{t+1} + x_t. Not differentiable."""
     tokens = x.shape[1]
     size = block_size(tokens)
-    x = pad(x, (0, 0, 0, -tokens % size)).unflatten(1, (-1, size))
+    if tokens % size:
+        x = pad(x, (0, 0, 0, -tokens % size))
+    x = x.unflatten(1, (-1, size))
     y = torch.empty_like(x)
     order = range(size - 1, -1, -1) if reverse else range(size)
     inputs, sums = x.unbind(2), y.unbind(2)
