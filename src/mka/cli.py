@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import errno
 import io
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -35,6 +36,7 @@ class ReportConfig:
 
 TABLE_WIDTH = 110
 """Columns of the table where the output is not a terminal."""
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 GO_ON = "run the same command again to go on, finished results are kept"
 
 Command = (
@@ -80,7 +82,8 @@ def parse(form: Any, program: str, arguments: Sequence[str] | None) -> Any:
 
 def one_line(box: str) -> str:
     """The first paragraph of tyro's message box, without frame and title; for an unknown flag, the nearest one."""
-    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
+    lines = [line.strip("│╭╮╰╯─ \t") for line in COLOUR.sub("", box).splitlines()]
+    lines = [line if line.strip("-") else "" for line in lines]  # where the output is not UTF-8, rules are minus signs
     first = next(number for number, line in enumerate(lines) if line)
     paragraph = takewhile(bool, dropwhile(lambda line: not line, lines[first + 1 :]))
     message = " ".join(paragraph)
@@ -95,6 +98,7 @@ def one_line(box: str) -> str:
 
 
 def run_bench(config: BenchmarkConfig) -> int:
+    config.resolved()  # before torch is loaded, which takes seconds: a mistake is said at once
     from mka.experiments import run_benchmark
     from mka.training import NonFiniteLoss
 

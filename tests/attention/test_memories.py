@@ -1,0 +1,91 @@
+"""What the memories of mka and fmka add to a window: each level reaches tokens that the window cannot."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import checks
+from mka.attention import CausalAttention, FastMemoryKeyedAttention, MemoryKeyedAttention
+
+WINDOW, CHUNK, TOKENS, PLANTED = 8, 4, 40, 1
+every_memory_kind = pytest.mark.parametrize("kind", ["mka", "fmka"])
+
+
+def build(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> CausalAttention:
+    options = {"local_window": WINDOW, "chunk_size": CHUNK, "top_k": 20, "session_decay": None, "session_stride": 1}
+    return checks.make(kind, "small", dtype, **options | changes)
+
+
+def reached(attn: CausalAttention, t: int = TOKENS - 1) -> torch.Tensor:
+    """(T,) bool: the tokens that the output at t depends on."""
+    x = checks.rows(1, TOKENS).requires_grad_()
+    (grad,) = torch.autograd.grad(attn(x)[0][0, t].sum(), x)
+    return (grad[0] != 0).any(-1)
+
+
+@every_memory_kind
+def test_with_the_window_alone_a_distant_token_is_out_of_reach(kind: str) -> None:
+    tokens = reached(build(kind, top_k=0))
+    assert tokens.nonzero().flatten().tolist() == list(range(TOKENS - WINDOW, TOKENS))
+
+
+@every_memory_kind
+@pytest.mark.parametrize("level", [{"top_k": 20}, {"top_k": 0, "session_decay": 0.9}])
+def test_each_memory_level_reaches_it(kind: str, level: dict[str, Any]) -> None:
+    attn = build(kind, **level)
+    assert reached(attn)[PLANTED]
+    x = checks.rows(1, TOKENS)
+    changed = x.clone()
+    changed[:, PLANTED] += 1
+    effect = (attn(changed)[0] - attn(x)[0]).abs()[0, -1].max()
+    assert effect > 1e3 * checks.TOLERANCE[torch.float64]
+
+
+def test_one_retrieved_chunk_is_the_one_whose_key_answers_the_query() -> None:
+    """A key planted far behind the window is found by the query that asks for it, and by no other group."""
+    attn = build("mka", top_k=1, num_kv_heads=2)
+    assert isinstance(attn, MemoryKeyedAttention)
+    q, k = torch.zeros(1, TOKENS, 4, 4), torch.zeros(1, TOKENS, 2, 4)
+    q[0, -1] = 1.0
+    k[0, 2 * CHUNK : 3 * CHUNK, 0] = 1.0
+    k[0, 5 * CHUNK : 6 * CHUNK, 1] = 1.0
+    assert attn.retrieve(q, k).chunk[0, -1].flatten().tolist() == [2, 5]
+
+
+@pytest.mark.parametrize("kind", ["mka", "fmka"])
+def test_the_first_token_with_a_candidate_is_the_first_to_reach_past_the_window(kind: str) -> None:
+    attn, first = build(kind), WINDOW + CHUNK - 1
+    assert not reached(attn, first - 1)[: first - WINDOW].any()
+    assert reached(attn, first)[:CHUNK].all()
+
+
+def test_without_a_window_mka_has_no_long_term_level_and_fmka_has() -> None:
+    mka, fmka = (build(kind, local_window=None) for kind in ("mka", "fmka"))
+    assert isinstance(mka, MemoryKeyedAttention)
+    assert isinstance(fmka, FastMemoryKeyedAttention)
+    assert mka.num_candidates(TOKENS) == 0
+    assert fmka.num_candidates(TOKENS) == TOKENS // CHUNK
+
+
+def test_fused_keys_are_final_when_written() -> None:
+    """What fmka would cache for a token does not depend on how many tokens follow."""
+    attn, x = build("fmka", session_decay=0.9), checks.rows(1, TOKENS)
+    assert isinstance(attn, FastMemoryKeyedAttention)
+
+    def fused(tokens: int) -> torch.Tensor:
+        part = x[:, :tokens]
+        q = attn.heads(attn.q_proj, part)
+        return attn.fuse(part, attn.router(q, attn.levels_at(tokens, 0, x.device)))
+
+    for tokens in (1, CHUNK, WINDOW + CHUNK, TOKENS - 1):
+        checks.close(fused(tokens), fused(TOKENS)[:, :tokens])
+
+
+@pytest.mark.parametrize("stride", [11, 16, 40, 41])
+def test_session_slots_are_averages_at_every_stride_th_token(stride: int) -> None:
+    attn = build("mka", top_k=0, session_decay=0.9, session_stride=stride)
+    first_slot = stride - 1
+    for t in (first_slot - 1, first_slot):
+        if t < TOKENS:
+            assert reached(attn, t)[0] == (t >= first_slot)

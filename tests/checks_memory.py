@@ -1,0 +1,52 @@
+"""Retrieval, token by token: what the memory tests compare with, and what the negative tests plant."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mka.memory.longterm import Retrieved
+
+
+def rule(t: int, chunk_size: int, window: int) -> list[int]:
+    """Chunks whose every token lies before the window of the query at t, which is t - window + 1 .. t."""
+    edge = t - window + 1
+    return [j for j in range(t + 1) if (j + 1) * chunk_size <= edge]
+
+
+def brute_force(
+    queries: Tensor, summaries: Tensor, *, chunk_size: int, window: int, top_k: int, later_wins: bool = False
+) -> Retrieved:
+    batch, tokens, groups, _ = queries.shape
+    index = torch.zeros(batch, tokens, groups, top_k, dtype=torch.long)
+    found = torch.zeros_like(index, dtype=torch.bool)
+    scores = torch.einsum("btge,bjge->btgj", queries, summaries)
+    for b in range(batch):
+        for t in range(tokens):
+            for g in range(groups):
+                allowed = rule(t, chunk_size, window)
+                key = lambda j, s=scores[b, t, g]: (-s[j].item(), -j if later_wins else j)  # noqa: E731
+                for rank, j in enumerate(sorted(allowed, key=key)[:top_k]):
+                    index[b, t, g, rank] = j
+                    found[b, t, g, rank] = True
+    return Retrieved(index, found)
+
+
+def assert_only_completed_chunks_outside_the_window(retrieved: Retrieved, chunk_size: int, window: int) -> None:
+    """As many as there are, each once, and none that the rule does not allow."""
+    top_k = retrieved.chunk.shape[-1]
+    for t in range(retrieved.chunk.shape[1]):
+        allowed = set(rule(t, chunk_size, window))
+        for index, found in zip(
+            retrieved.chunk[:, t].flatten(0, 1).tolist(), retrieved.found[:, t].flatten(0, 1).tolist(), strict=True
+        ):
+            chosen = [j for j, there in zip(index, found, strict=True) if there]
+            assert set(chosen) <= allowed, f"token {t} retrieved {chosen} of the candidates {sorted(allowed)}"
+            assert len(set(chosen)) == len(chosen) == min(top_k, len(allowed))
+
+
+def assert_earlier_chunk_wins_ties(retrieve: Callable[..., Retrieved]) -> None:
+    queries, summaries = torch.ones(1, 24, 1, 2), torch.ones(1, 8, 1, 2)
+    summaries[:, 5] = 2.0
+    chosen = retrieve(queries, summaries, chunk_size=3, window=0, top_k=3).chunk[0, -1, 0]
+    assert chosen.tolist() == [5, 0, 1]

@@ -1,0 +1,141 @@
+"""Training and evaluation: a tiny model and its data, and the checks that the negative tests turn red."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from torch import Tensor, nn
+
+from checks import TOLERANCE
+from mka.config import BenchmarkConfig
+from mka.data import TextTokenizer, TokenizedCorpus, TokenSplit, evaluation_batches
+from mka.evaluation import held_out_loss
+from mka.experiments import benchmark
+from mka.models import build_model, gpt2_config
+from mka.training import Precision, TrainingPlan
+from mka.training.memory import PeakMemory
+
+VOCAB, LENGTH = 64, 16
+CPU = torch.device("cpu")
+FLOAT32 = Precision("float32", "cpu")
+MEBIBYTE = 2**20
+
+
+def tiny_model(kind: str = "mha", seed: int = 0, **options: Any) -> nn.Module:
+    config = gpt2_config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB, max_position_embeddings=LENGTH
+    )
+    return build_model(kind, config, seed, **options)
+
+
+def batch_at(step: int, size: int = 8) -> Tensor:
+    """Rows that count upwards from a random token, so that there is something to learn."""
+    start = torch.randint(VOCAB, (size, 1), generator=torch.Generator().manual_seed(step))
+    return (start + torch.arange(LENGTH + 1)) % VOCAB
+
+
+def plan(**changes: Any) -> TrainingPlan:
+    values = {
+        "batch_at": batch_at,
+        "tokens_per_step": 8 * LENGTH,
+        "steps": 6,
+        "accumulation": 1,
+        "learning_rate": 3e-3,
+        "precision": FLOAT32,
+        "device": CPU,
+    }
+    return TrainingPlan(**values | changes)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def held_out_split(num_tokens: int, low: int = 0, high: int = VOCAB, seed: int = 0) -> TokenSplit:
+    """Tokens and byte counts made up from a seed."""
+    draw = np.random.default_rng(seed)
+    token_bytes = draw.integers(1, 9, num_tokens, dtype=np.uint32)
+    return TokenSplit(draw.integers(low, high, num_tokens, dtype=np.uint16), token_bytes)
+
+
+def assert_loss_is_of_the_text_alone(model: nn.Module, split: TokenSplit) -> None:
+    """held_out_loss over the evaluation batches is the mean over the split's own tokens, each predicted once."""
+    held = held_out_loss(model, evaluation_batches(split, LENGTH, 3), CPU)
+    nats, count, num_bytes = 0.0, 0, 0
+    ids = torch.from_numpy(split.ids.astype(np.int64))
+    assert split.token_bytes is not None
+    for start in range(0, len(ids) - LENGTH, LENGTH):
+        with torch.no_grad():
+            odds = model(ids[None, start : start + LENGTH]).logits[0].double().log_softmax(-1)
+        for t in range(LENGTH):
+            nats -= odds[t, ids[start + t + 1]].item()
+            num_bytes += int(split.token_bytes[start + t + 1])
+            count += 1
+    tolerance = TOLERANCE[torch.float32]
+    assert held.tokens == count
+    assert abs(held.loss / (nats / count) - 1) <= tolerance, f"loss is {held.loss}, that of the text {nats / count}"
+    assert abs(held.perplexity / math.exp(nats / count) - 1) <= tolerance * held.loss
+    assert abs(held.bits_per_byte / (nats / math.log(2) / num_bytes) - 1) <= tolerance
+
+
+class Recording(nn.Module):
+    """Remembers which tokens it was shown; a uniform guess."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def forward(self, tokens: Tensor) -> Any:
+        self.seen |= set(tokens.unique().tolist())
+        return type("Output", (), {"logits": torch.zeros(*tokens.shape, VOCAB)})
+
+
+# Each split has ids of its own, so that a token says which one it came from.
+SPLITS = {"train": range(0, 20), "validation": range(20, 40), "test": range(40, 60)}
+
+
+def comparison() -> benchmark.Comparison:
+    config = BenchmarkConfig(attention_type=("mha",), sequence_length=LENGTH, batch_size=2, max_steps=1).resolved()
+    splits = {name: held_out_split(200, ids.start, ids.stop) for name, ids in SPLITS.items()}
+    tokenizer = TextTokenizer(Tokenizer(BPE()), 0, "made by hand")
+    return benchmark.Comparison(
+        config=config,
+        corpus=TokenizedCorpus(tokenizer, splits, "", {}),
+        device=CPU,
+        precision=FLOAT32,
+        description={},
+        environment={},
+        folder=Path("nowhere"),
+        console=Console(quiet=True),
+    )
+
+
+def assert_evaluates_on_validation(max_tokens: int | None = None) -> None:
+    """What the benchmark shows a model when it evaluates comes from the validation split alone."""
+    model = Recording()
+    benchmark.evaluate(comparison(), model, max_tokens)
+    assert model.seen
+    for name, ids in SPLITS.items():
+        assert name == "validation" or not model.seen & set(ids), f"evaluation read the {name} split"
+
+
+def assert_earlier_memory_does_not_show() -> None:
+    """A mechanism that needs a little is measured after one that needed much; what is needed meanwhile does show."""
+    much = torch.ones(256 * MEBIBYTE, dtype=torch.uint8)
+    del much
+    memory = PeakMemory(CPU)
+    little = torch.ones(64 * MEBIBYTE, dtype=torch.uint8)
+    del little
+    allocated = memory.peak().allocated
+    assert allocated is not None
+    assert 60 * MEBIBYTE < allocated < 128 * MEBIBYTE, f"{allocated / MEBIBYTE:.0f} MiB for 64"

@@ -1,0 +1,96 @@
+"""The adapter speaks to any mechanism by the contract, and refuses a cache until decoding exists."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from checks import close, rows
+from mka.attention import ATTENTION_TYPES, CausalAttention
+from mka.models import AttentionAdapter, build_model, gpt2, gpt2_config
+
+CONFIG = gpt2_config(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=40
+)
+TOKENS = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+class Running(CausalAttention):
+    """A mechanism that no registry knows: the sum of the row so far."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 4, 4, None, False, None)
+
+    def mix(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+    @property
+    def num_parameters(self) -> int:
+        return 0
+
+    def state_numbers(self, num_tokens: int) -> int:
+        return self.hidden_size
+
+    def flops_per_token(self, context: int) -> int:
+        return self.hidden_size
+
+
+def test_any_mechanism_will_do() -> None:
+    x = rows(2, 9)
+    y, weights = AttentionAdapter(Running())(x, attention_mask=None, cache_position=None, output_attentions=False)
+    assert torch.equal(y, x.cumsum(1))
+    assert weights is None
+
+
+def test_a_mask_of_ones_and_zeros_becomes_valid_tokens() -> None:
+    x, mask = rows(2, 9), torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1, 0], [1] * 9])
+    y, _ = AttentionAdapter(Running())(x, attention_mask=mask)
+    close(y, (x * mask[..., None]).cumsum(1) * mask[..., None])
+
+
+def test_the_adapter_knows_no_mechanism() -> None:
+    source = inspect.getsource(AttentionAdapter)
+    names = [*ATTENTION_TYPES, *(kind.__name__ for kind in ATTENTION_TYPES.values())]
+    assert not [name for name in names if re.search(rf"\b{name}\b", source)]
+    # In the whole file only mha has a part: it is what the others are matched to.
+    quoted = re.findall(r'"([a-z0-9_]+)"', inspect.getsource(gpt2))
+    assert [name for name in quoted if name in ATTENTION_TYPES] == ["mha"]
+
+
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
+def test_a_cache_is_refused(kind: str) -> None:
+    model = build_model(kind, CONFIG)
+    with pytest.raises(NotImplementedError, match="state=None"):
+        model(TOKENS, use_cache=True)
+    assert model(TOKENS).past_key_values is None
+
+
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
+def test_padding_reaches_every_block(kind: str) -> None:
+    """A padded row's logits are those of the row alone: no block has seen the padding."""
+    model = build_model(kind, CONFIG).eval()
+    padded = torch.cat([torch.full((2, 4), 7), TOKENS], dim=1)
+    mask = (torch.arange(16) >= 4).long().expand(2, -1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
+        close(logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
+def test_the_model_is_causal(kind: str) -> None:
+    model = build_model(kind, CONFIG)
+    inputs = model.transformer.wte(TOKENS).detach().requires_grad_()
+    logits = model(inputs_embeds=inputs).logits
+    (grad,) = torch.autograd.grad(logits[:, 5].sum(), inputs)
+    assert (grad[:, 6:] == 0).all()
+    assert (grad[:, :6] != 0).any(-1).all()
+
+
+def test_an_option_that_a_mechanism_does_not_have_is_an_error() -> None:
+    with pytest.raises(TypeError, match="chunk_size"):
+        build_model("mha", CONFIG, chunk_size=3)
+    with pytest.raises(ValueError, match="nearest: 'mha'"):
+        build_model("mhaa", CONFIG)

@@ -1,0 +1,87 @@
+"""Presets have the parameters they claim, and widths matched to mha bring every mechanism to its size."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mka.attention import ATTENTION_TYPES
+from mka.config import PRESETS, BenchmarkConfig, attention_options
+from mka.models import build_model, gpt2_config, matched_intermediate_size, mechanisms
+
+CLAIMED_MILLIONS = {"quick": 5, "small": 14, "gpt2": 124}
+ALLOWED_DIFFERENCE = 0.005
+
+
+def sizes(name: str) -> GPT2Config:
+    preset = PRESETS[name]
+    return gpt2_config(
+        hidden_size=preset.hidden_size,
+        num_hidden_layers=preset.num_hidden_layers,
+        num_attention_heads=preset.num_attention_heads,
+        vocab_size=preset.vocab_size,
+        max_position_embeddings=preset.sequence_length,
+    )
+
+
+def empty_model(kind: str, config: GPT2Config, **options: Any) -> GPT2LMHeadModel:
+    """Shapes without numbers."""
+    with torch.device("meta"):
+        return build_model(kind, config, **options)
+
+
+def count(model: GPT2LMHeadModel) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_parameters_it_claims(name: str) -> None:
+    assert round(count(empty_model("mha", sizes(name))) / 1e6) == CLAIMED_MILLIONS[name]
+
+
+def test_the_gpt2_preset_is_gpt2() -> None:
+    with torch.device("meta"):
+        theirs = GPT2LMHeadModel(GPT2Config())
+    assert count(empty_model("mha", sizes("gpt2"))) == count(theirs) == 124_439_808
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
+def test_every_mechanism_builds_in_every_preset(name: str, kind: str) -> None:
+    preset = PRESETS[name]
+    options = attention_options(kind, BenchmarkConfig(preset=name).resolved())
+    model = empty_model(kind, sizes(name), **options)
+    assert len(mechanisms(model)) == preset.num_hidden_layers
+    attention = sum(p.numel() for attn in mechanisms(model) for p in attn.parameters())
+    assert attention == sum(attn.num_parameters for attn in mechanisms(model))
+    assert {type(attn) for attn in mechanisms(model)} == {ATTENTION_TYPES[kind]}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
+def test_a_matched_mlp_makes_up_for_the_mechanism(name: str, kind: str) -> None:
+    config = sizes(name)
+    options = attention_options(kind, BenchmarkConfig(preset=name).resolved())
+    wanted = count(empty_model("mha", config))
+    config.n_inner = matched_intermediate_size(kind, config, **options)
+    assert config.n_inner % 8 == 0
+    assert abs(count(empty_model(kind, config, **options)) / wanted - 1) <= ALLOWED_DIFFERENCE
+
+
+def test_matching_starts_from_the_width_that_was_given() -> None:
+    config = sizes("quick")
+    config.n_inner = 640
+    assert matched_intermediate_size("mha", config) == 640
+
+
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
+def test_a_small_model_computes(kind: str) -> None:
+    config = gpt2_config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=40
+    )
+    tokens = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = attention_options(kind, BenchmarkConfig(local_window=8))
+    logits = build_model(kind, config, **options)(tokens).logits
+    assert logits.shape == (2, 40, 50)
+    assert logits.isfinite().all()

@@ -1,0 +1,72 @@
+"""One recipe for every mechanism: warm-up, cosine, and no weight decay on vectors."""
+
+import math
+
+import pytest
+import torch
+
+import checks_training as tiny
+from checks import TOLERANCE
+from mka.attention import ATTENTION_TYPES
+from mka.training import train
+from mka.training.optimizer import FINAL_FRACTION, MAX_GRAD_NORM, WEIGHT_DECAY, build_optimizer, build_schedule
+
+
+def rates(steps: int, peak: float = 2.0) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    schedule, found = build_schedule(optimizer, steps), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return [*found, optimizer.param_groups[0]["lr"]]
+
+
+@pytest.mark.parametrize("steps", [20, 100, 1000])
+def test_warm_up_is_a_line_and_the_rest_a_cosine(steps: int) -> None:
+    found, warmup = rates(steps), steps // 10
+    assert found[: warmup + 1] == pytest.approx([2.0 * (step + 1) / warmup for step in range(warmup)] + [2.0])
+    for step in range(warmup, steps + 1):
+        cosine = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        assert found[step] == pytest.approx(2.0 * (FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine))
+    assert found[steps] == pytest.approx(2.0 * FINAL_FRACTION)
+    assert all(a > b for a, b in zip(found[warmup:], found[warmup + 1 :], strict=False))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 9])
+def test_short_runs_never_have_a_zero_or_too_large_a_rate(steps: int) -> None:
+    assert all(0 < rate <= 2.0 for rate in rates(steps))
+
+
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
+def test_no_weight_decay_on_vectors_and_each_parameter_once(kind: str) -> None:
+    model = tiny.tiny_model(kind)
+    groups = build_optimizer(model, 1e-3).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert decay[id(p)] == (WEIGHT_DECAY if p.dim() >= 2 else 0.0), name
+
+
+def test_without_gradients_matrices_shrink_and_vectors_stay() -> None:
+    model = tiny.tiny_model("fmka")
+    before = tiny.weights_of(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    build_optimizer(model, 0.1).step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name] * (1 - 0.1 * WEIGHT_DECAY) if p.dim() >= 2 else before[name]), name
+
+
+def test_gradients_are_clipped_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, norms = tiny.tiny_model(), []
+    step = torch.optim.AdamW.step
+
+    def spy(optimizer: torch.optim.AdamW, *args: object) -> object:
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    torch.nn.init.normal_(model.get_parameter("transformer.wte.weight"))
+    train(model, tiny.plan(steps=2), lambda: 0.0)
+    assert norms == pytest.approx([MAX_GRAD_NORM] * 2, rel=TOLERANCE[torch.float32])
