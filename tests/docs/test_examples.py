@@ -1,0 +1,59 @@
+"""Every example runs, as a user would start it, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny_runs import BENCHMARK_SCRIPT, write_small_stdlib
+
+EXAMPLES = sorted((BENCHMARK_SCRIPT.parent.parent.parent / "examples").glob("*.py"))
+ARGUMENTS = {
+    "attention_in_your_model.py": (),
+    "fmka_example.py": ("--max_steps", "2", "--num_tokens", "5", "--prompt", "def attend("),
+}
+"""What makes an example short; each must be named."""
+PRINTED = {
+    "attention_in_your_model.py": "fmka",
+    "fmka_example.py": "def attend(",
+}
+START = """
+import runpy, sys, types
+from mka.data import corpus
+stdlib, example = sys.argv[1:3]
+corpus.sysconfig = types.SimpleNamespace(get_paths=lambda: {"stdlib": stdlib})
+sys.argv = sys.argv[2:]
+runpy.run_path(example, run_name="__main__")
+"""
+"""Runs an example on a few pages instead of the whole standard library."""
+
+
+def test_there_are_examples() -> None:
+    assert {path.name for path in EXAMPLES} >= {"attention_in_your_model.py", "fmka_example.py"}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_runs(example: Path, tmp_path: Path) -> None:
+    assert example.name in ARGUMENTS, "say here how this example is kept short"
+    stdlib = tmp_path / "stdlib"
+    stdlib.mkdir()
+    command = [sys.executable, "-W", "error", "-c", START, str(write_small_stdlib(stdlib)), str(example)]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, *ARGUMENTS[example.name]],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert PRINTED[example.name] in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} <= {"stdlib", "cache"}, "an example leaves no files about"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_says_how_to_start_it(example: Path) -> None:
+    assert f"python examples/{example.name}\n" in example.read_text(encoding="utf-8")
