@@ -100,8 +100,8 @@ PRESETS = {
         tokenizer="bpe",
         sequence_length=512,
         batch_size=4,
-        max_steps=120,
-        learning_rate=3e-3,
+        max_steps=100,
+        learning_rate=1e-3,
         eval_tokens=2**15,
     ),
     "small": Preset(
@@ -113,7 +113,7 @@ PRESETS = {
         sequence_length=512,
         batch_size=8,
         max_steps=2000,
-        learning_rate=1.5e-3,
+        learning_rate=1e-3,
         eval_tokens=2**18,
     ),
     "gpt2": Preset(
