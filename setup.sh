@@ -54,7 +54,7 @@ else:
     count = torch.get_num_threads()
     device = f"CPU, {count} thread" + ("s" if count > 1 else "")
     features = torch.cpu.get_capabilities()
-    bfloat16 = any(features.get(name) for name in ("amx_bf16", "avx512_bf16", "arm_bf16"))
+    bfloat16 = any(features.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 print(f"Ready: {device}, bfloat16", "yes" if bfloat16 else "no")
 '
 }

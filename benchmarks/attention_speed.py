@@ -58,7 +58,7 @@ def main(options: Options) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for tokens in options.lengths:
-        turns = options.turns or max(3, 15 * 512 // tokens)
+        turns = options.turns or min(15, max(3, 28672 // tokens))
         for dtype in options.dtypes:
             rows += layer_rows(tokens, dtype, turns, device)
         rows += scan_rows(tokens, turns, device)

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import errno
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -55,11 +56,17 @@ def bench(arguments: Sequence[str] | None = None) -> int:
 
 
 def dispatch(form: Any, program: str, arguments: Sequence[str] | None) -> int:
+    """Parse, run, and turn what goes wrong into one line and an exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for a flag, not a traceback
     try:
         command = parse(form, program, arguments)
         return run_report(command) if isinstance(command, ReportConfig) else run_bench(command)
     except InputError as error:
         return complain(program, error, 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain about it too
+        return 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return complain(program, f"{error}{f'; make room and {GO_ON}' if full else ''}", 2)

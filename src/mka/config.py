@@ -173,6 +173,8 @@ class BenchmarkConfig:
     """Long-term chunks retrieved for each token; 0: no long-term level."""
     session_decay: SessionDecay = "learned"
     """Decay of the session average: learned, or a number between 0 and 1; None: no session level."""
+    session_stride: int = 16
+    """mka keeps the session average of every so many tokens as a slot to attend to; 1: of every token."""
     match: Literal["none", "parameters"] = "none"
     """parameters: adjust the MLP so that every mechanism has the parameters of mha."""
     output_dir: str | None = None
@@ -227,7 +229,7 @@ class ResolvedConfig(BenchmarkConfig):
             check_at_least(name, getattr(self, name), 1)
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        check_memory(self.local_window, self.chunk_size, self.top_k, self.session_decay)
+        check_memory(self.local_window, self.chunk_size, self.top_k, self.session_decay, self.session_stride)
         preset = PRESETS[self.preset]
         kv_heads = self.num_groups if "gqa" in self.mechanisms else 1
         check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads, "num_groups")
@@ -238,6 +240,7 @@ def attention_options(kind: str, config: BenchmarkConfig) -> dict[str, object]:
     if kind == "gqa":
         return {"num_kv_heads": config.num_groups}
     if kind in ("mka", "fmka"):
-        names = ("local_window", "chunk_size", "top_k", "session_decay")
+        names = ["local_window", "chunk_size", "top_k", "session_decay"]
+        names += ["session_stride"] if kind == "mka" else []
         return {name: getattr(config, name) for name in names}
     return {}

@@ -103,7 +103,7 @@ def append_result(folder: Path, result: Result) -> None:
     Raises OSError where it cannot be written; the file is then as it was.
     """
     path = results_path(folder)
-    line = (json.dumps(asdict(result), sort_keys=True) + "\n").encode()
+    line = (json.dumps(asdict(result), sort_keys=True, allow_nan=False) + "\n").encode()
     # Unbuffered: a buffer would write its rest when the file is closed, after the truncation.
     with path.open("a+b", buffering=0) as file:
         start = file.seek(0, os.SEEK_END)

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
+import checks
 from mka.attention import ATTENTION_TYPES, CausalAttention, build_attention
+from mka.attention.naive import twin_of
 from mka.config import ATTENTION_TITLES
 from mka.ops.rotary import RotaryEmbedding
+from mka.report.style import STYLES
 
 GROUPED = ("mha", "mqa", "gqa", "mka", "fmka")
 WITH_GROUPS = ("gqa", "mka", "fmka")
@@ -93,3 +96,9 @@ def test_the_docstring_names_its_sources(kind: str) -> None:
     assert module is not None
     assert "arXiv" in (module.__doc__ or "")
     assert ATTENTION_TYPES[kind].__doc__
+
+
+def test_every_table_of_mechanisms_knows_every_mechanism() -> None:
+    kinds = set(ATTENTION_TYPES)
+    assert kinds == set(ATTENTION_TITLES) == set(STYLES)
+    assert all(twin_of(checks.make(kind)) for kind in kinds)

@@ -335,5 +335,5 @@ def test_a_training_that_diverges(place: Place) -> None:
     ended = place.bench("--attention_type", "mha", "--learning_rate", 1e30, "--max_steps", 9)
     assert ended.status == 1
     assert len(ended.err.splitlines()) == 1
-    assert_matches(ended.err, r"mha, seed 0: the loss is (nan|inf) at step \d; try a lower --learning_rate")
+    assert_matches(ended.err, r"mha, seed 0: the loss at step \d is (nan|inf); try a lower --learning_rate")
     assert "Traceback" not in ended.err

@@ -67,8 +67,9 @@ def test_printed_numbers_are_the_rows(six: Ended, tiny_place: Place) -> None:
 
 
 def test_what_is_printed_first(six: Ended, tiny_place: Place) -> None:
-    corpus, budget, machine, results, empty = six.out.splitlines()[:5]
+    corpus, split, budget, machine, results, empty = six.out.splitlines()[:6]
     assert re.fullmatch(r"Corpus     text: [\d,]+ training tokens, [\d,]+ held out", corpus)
+    assert split.endswith("; 0 files that are not text or empty left out")
     assert budget == "Budget     3 steps, 192 tokens for each mechanism and seed"
     assert re.fullmatch(r"Machine    .+, \d+ threads, (float32|bfloat16)", machine)
     assert results == f"Results    {tiny_place.folder}/run"

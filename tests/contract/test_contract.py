@@ -28,6 +28,15 @@ def test_huge_values_in_the_future_change_nothing(kind: str, variant: str, huge:
 
 
 @every_case
+@pytest.mark.parametrize("huge", [1e19, 1e30])
+def test_huge_values_in_the_future_change_nothing_in_float32(kind: str, variant: str, huge: float) -> None:
+    # Products of such values overflow to infinity, and infinity times zero must not reach the past as NaN.
+    checks.assert_future_values_ignored(
+        checks.make(kind, variant, torch.float32), checks.rows(2, TOKENS, torch.float32), huge
+    )
+
+
+@every_case
 @pytest.mark.parametrize("side", ["left", "right", "interior"])
 def test_padding_changes_nothing(kind: str, variant: str, side: str) -> None:
     t = torch.arange(TOKENS)

@@ -97,7 +97,7 @@ def test_more_mechanisms_and_seeds_are_added(copied: Place) -> None:
         (["--epochs", 1], "epochs is null there and 1 here"),
         (["--batch_size", 3], "batch_size is 2 there and 3 here"),
         (["--top_k", 1], "top_k is 4 there and 1 here"),
-        (["--fp16"], "fp16 is false there and true here"),
+        (["--fp16"], 'precision is "'),
         (["--match", "parameters"], 'match is "none" there and "parameters" here'),
         (["--tokenizer", "gpt2"], 'tokenizer is "bpe" there and "gpt2" here'),
     ],

@@ -121,7 +121,14 @@ def test_a_non_finite_loss_stops_before_the_step(value: float, passes: int, accu
     def on_step(run: TrainingRun) -> None:
         taken.append(len(run.losses))
 
-    with pytest.raises(NonFiniteLoss, match=rf"^the loss is nan at step {step}; try [^\n]+$"):
+    with pytest.raises(NonFiniteLoss, match=rf"^the loss at step {step} is nan; try [^\n]+$"):
         train(model, tiny.plan(batch_at=batch_at, accumulation=accumulation), no_look, on_step)
     tiny.assert_same_bytes(tiny.weights_of(model), before)
     assert taken == list(range(1, step))
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_too() -> None:
+    """Weights that the last step spoilt never become a result."""
+    looks = iter([1.0, float("nan")])
+    with pytest.raises(NonFiniteLoss, match=r"^the held-out loss after step \d+ is nan; try [^\n]+$"):
+        train(tiny.tiny_model(), tiny.plan(steps=5), lambda: next(looks))

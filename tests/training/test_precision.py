@@ -74,7 +74,7 @@ def test_after_an_overflow_the_optimiser_is_as_if_nothing_had_been() -> None:
     tiny.assert_same_bytes(one_good_step(True), one_good_step(False))
 
 
-@pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16", "arm_bf16"])
+@pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16", "bf16"])
 def test_bfloat16_is_the_default_where_the_processor_has_it(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
     assert choose_precision(tiny.CPU) == Precision("bfloat16", "cpu")

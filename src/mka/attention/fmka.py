@@ -9,8 +9,9 @@
 S_j is the mean of x over chunk j, s_j = S_j Ws its index key, u_t = x_t Wu the index query. lambda is the key token's
 own, so k and v are final when written and can be cached.
 
-Source: README of "MKA - An Efficient Memorized Key Attention Design"; arXiv 2603.20586 (FastMKA). B rows, T tokens,
-C hidden size, H query heads, G key/value heads, D = C / H, c chunk size, K chunks retrieved, M = 3 levels.
+Source: the original README of "MKA - An Efficient Memorized Key Attention Design"; arXiv 2603.20586 (FastMKA).
+B rows, T tokens, C hidden size, H query heads, G key/value heads, D = C / H, c chunk size, K chunks retrieved,
+M = 3 levels.
 """
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class FastMemoryKeyedAttention(MemoryAttention):
     """One attention over keys and values made from the routed mix of three memories.
 
     With `local_window=None` attention is over the whole past, and every completed chunk is a candidate of L3.
+    A softmax over one chunk has no gradient: with `top_k=1` the index projections stay as they were initialised.
     `session_decay=None` switches the session level off, `top_k=0` the long-term level. `index_size` is the width of
     the index keys. Raises ValueError for heads that do not divide and limits of the memory levels.
     """
@@ -55,6 +57,7 @@ class FastMemoryKeyedAttention(MemoryAttention):
             self.index_k_proj = nn.Linear(hidden_size, index_size, bias=False)
 
     def mix(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Query, memories, route, fuse, attend, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
         q = self.heads(self.q_proj, x)
         f = self.fuse(x, self.router(q, self.levels_at(x.shape[1], 0, x.device)))
         k, v = self.heads(self.k_proj, f), self.heads(self.v_proj, f)

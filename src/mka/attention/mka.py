@@ -7,8 +7,9 @@
 
     a_l = softmax(q k_l^T / sqrt(D)) v_l, causal inside each level; keys and values of all levels use the same Wk, Wv.
 
-Source: README of "MKA - An Efficient Memorized Key Attention Design"; arXiv 2603.20586. B rows, T tokens, C hidden
-size, H query heads, G key/value heads, D = C / H, c chunk size, K chunks retrieved, J = T // c, M = 3 levels.
+Source: the original README of "MKA - An Efficient Memorized Key Attention Design"; arXiv 2603.20586.
+B rows, T tokens, C hidden size, H query heads, G key/value heads, D = C / H, c chunk size,
+K chunks retrieved, J = T // c, M = 3 levels.
 """
 
 import torch
@@ -47,13 +48,15 @@ class MemoryKeyedAttention(MemoryAttention):
         bias: bool = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        top_k = min(top_k, 0) if local_window is None else top_k
+        if local_window is None:
+            top_k = min(top_k, 0)  # nothing lies outside the window; a negative number still meets its check
         shared = (chunk_size, top_k, session_decay, router_size, bias, rotary)
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
         check_at_least("session_stride", session_stride, 1)
         self.session_stride = session_stride
 
     def mix(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Query, route, three reads, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
         q, k, v = self.heads(self.q_proj, x), self.heads(self.k_proj, x), self.heads(self.v_proj, x)
         weights = self.router(q, self.levels_at(x.shape[1], self.session_stride - 1, x.device)).to(q.dtype)
         o = weights[..., LOCAL, None, None] * self.read_local(q, k, v, positions)
@@ -68,15 +71,15 @@ class MemoryKeyedAttention(MemoryAttention):
         return attend_causal(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window)
 
     def read_session(self, q: Tensor, m: Tensor, positions: Tensor) -> Tensor:
-        """a_2 (B, T, H, D). Slot i is the average at token (i + 1) stride - 1, visible from that token on."""
-        tokens, first = m.shape[1], self.session_stride - 1
-        slots = m[:, first :: self.session_stride].to(self.k_proj.weight.dtype)
+        """a_2 (B, T, H, D). Slot i is the average at token (i + 1) stride - 1, visible from there on; before, zeros."""
+        first, stride = self.session_stride - 1, self.session_stride
+        slots = m[:, first::stride].to(self.k_proj.weight.dtype)
         k, v = self.heads(self.k_proj, slots), self.heads(self.v_proj, slots)
-        q, k = self.rotate(q, positions), self.rotate(k, positions[..., first :: self.session_stride])
-        if self.session_stride == 1:
+        q, k = self.rotate(q, positions)[:, first:], self.rotate(k, positions[..., first::stride])
+        if stride == 1:
             return attend_causal(q, k, v)
-        t = torch.arange(tokens, device=m.device)
-        return attend_masked(q, k, v, t[first :: self.session_stride] <= t[:, None])
+        t = torch.arange(q.shape[1], device=m.device)
+        return pad(attend_masked(q, k, v, t[::stride] <= t[:, None]), (0, 0, 0, 0, first, 0))
 
     def read_long_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """a_3 (B, T, H, D); zeros before the first token that has a candidate.

@@ -120,6 +120,7 @@ def announce(comparison: Comparison) -> None:
     tokens = steps * train_batches.batch_size * comparison.config.sequence_length
     say = comparison.console.print
     say(f"Corpus     {data['dataset']}: {sizes['train']:,} training tokens, {sizes['validation']:,} held out")
+    say(f"Split      {data['split_rule']}; {data['skipped']:,} files that are not text or empty left out")
     say(f"Budget     {steps:,} steps, {tokens:,} tokens for each mechanism and seed")
     environment = comparison.environment
     say(f"Machine    {environment['processor']}, {environment['threads']} threads, {comparison.precision.name}")

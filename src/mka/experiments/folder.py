@@ -10,7 +10,7 @@ from typing import Any
 from mka.config import PRESETS, InputError, ResolvedConfig
 from mka.results import read_results, results_path, write_json
 
-NOT_IDENTITY = ("attention_type", "seeds", "output_dir")
+NOT_IDENTITY = ("attention_type", "seeds", "output_dir", "fp16", "bf16")
 """Fields that choose which rows a run adds, not what a row means."""
 
 
@@ -44,10 +44,13 @@ def open_folder(folder: Path, description: dict[str, Any], environment: dict[str
                 f"{folder} holds a different configuration: {name} is {short(held.get(name))} there and "
                 f"{short(ours.get(name))} here; choose another --output_dir"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(not entry.name.startswith(".") for entry in folder.iterdir())):
         raise InputError(f"{folder} is not empty and holds no config.json of a run; choose another --output_dir")
     finished = {result.key for result in read_results(folder)} if results_path(folder).is_file() else set()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir is {str(folder)!r}, which cannot be made: {error.strerror}") from None
     write_json(path, description)
     write_json(folder / "environment.json", environment)
     return finished

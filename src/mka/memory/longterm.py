@@ -72,7 +72,8 @@ def read_summaries(u: Tensor, keys: Tensor, means: Tensor, retrieved: Retrieved)
     with no_autocast(u):
         u, keys, means = upcast(u), upcast(keys), upcast(means)
         rows = torch.arange(u.shape[0], device=u.device)[:, None, None]
-        scores = (u.unsqueeze(2) * keys[rows, index]).sum(-1).masked_fill(~found, -torch.inf)
+        # A huge finite input may overflow here; NaN would then reach earlier tokens through 0 * NaN in the attention.
+        scores = (u.unsqueeze(2) * keys[rows, index]).sum(-1).nan_to_num().masked_fill(~found, -torch.inf)
         weights = torch.where(found.any(-1, keepdim=True), scores, 0).softmax(-1) * found
         bags = (index + rows * means.shape[1]).flatten(0, 1)
         read = embedding_bag(bags, means.flatten(0, 1), per_sample_weights=weights.flatten(0, 1), mode="sum")

@@ -1,4 +1,4 @@
-"""L2, the session level: a causal summary of the row's whole past (README, "L2"; arXiv 2603.20586, session memory)."""
+"""L2, the session level: a causal summary of the row's whole past (arXiv 2603.20586, session memory)."""
 
 import math
 from typing import Literal

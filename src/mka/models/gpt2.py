@@ -72,7 +72,9 @@ def gpt2_config(
 def build_model(attention_type: str, config: GPT2Config, seed: int = 0, **options: Any) -> GPT2LMHeadModel:
     """A GPT-2 of that configuration with a mechanism in every block; `options` are the mechanism's.
 
-    Embeddings, MLPs and norms depend on (config, seed) alone, so two mechanisms start from the same ones.
+    Embeddings, MLPs and norms depend on (config, seed) alone, so two mechanisms start from the same ones. A padded
+    batch needs `attention_mask` and, because GPT-2 learns its positions, `position_ids` that count valid tokens:
+    `(attention_mask.cumsum(1) - 1).clamp(min=0)`.
     Raises ValueError for an unknown mechanism and for options it does not allow.
     """
     config = deepcopy(config)
@@ -86,6 +88,10 @@ def build_model(attention_type: str, config: GPT2Config, seed: int = 0, **option
             )
             attention.init_weights(config.initializer_range, residual_std)
             block.attn = AttentionAdapter(attention)
+        # Drawn last and on their own, so that they do not depend on the width of the MLPs either.
+        torch.manual_seed(seed)
+        for embedding in (model.transformer.wte, model.transformer.wpe):
+            nn.init.normal_(embedding.weight, std=config.initializer_range)
     model.config._attn_implementation = PADDING_MASK
     return model
 

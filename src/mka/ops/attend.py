@@ -73,5 +73,9 @@ def _sdpa(
 ) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and (mask is not None or q.dtype in (torch.float32, torch.float64)):
+        # CUDA's kernels for masks and for float32 do not share heads; without this T x T scores would be stored.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)

@@ -69,18 +69,22 @@ def train(
     looks = {round(plan.steps * i / (LOOKS - 1)) for i in range(LOOKS)}
     log_every = max(1, plan.steps // LOGGED_POINTS)
     run = TrainingRun()
-    run.curve.append(CurvePoint(step=0, tokens=0, seconds=0.0, train_loss=None, eval_loss=look()))
+    untrained = check_finite(look(), "the held-out loss before training")
+    run.curve.append(CurvePoint(step=0, tokens=0, seconds=0.0, train_loss=None, eval_loss=untrained))
     model.train()
     for step in range(plan.steps):
         started = time.perf_counter()
         loss = accumulate(model, plan, step, scaler)
         step_optimizer(model, optimizer, scaler, run)
         schedule.step()
+        if plan.device.type == "cuda":
+            torch.cuda.synchronize(plan.device)
         run.losses.append(loss)
         run.seconds += time.perf_counter() - started
         run.tokens += plan.tokens_per_step
         if (step + 1) % log_every == 0 or step + 1 in looks:
-            run.curve.append(curve_point(run, log_every, look() if step + 1 in looks else None))
+            held_out = check_finite(look(), f"the held-out loss after step {step + 1}") if step + 1 in looks else None
+            run.curve.append(curve_point(run, log_every, held_out))
             model.train()
         on_step(run)
     return run
@@ -93,12 +97,16 @@ def accumulate(model: nn.Module, plan: TrainingPlan, step: int, scaler: torch.am
     for part in parts:
         with plan.precision.autocast():
             loss = next_token_loss(model, part) / len(parts)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteLoss(f"the loss is {value} at step {step + 1}; try a lower --learning_rate")
+        total += check_finite(loss.item(), f"the loss at step {step + 1}")
         scaler.scale(loss).backward()
-        total += value
     return total
+
+
+def check_finite(loss: float, what: str) -> float:
+    """The loss itself; raises NonFiniteLoss, naming it, if it is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise NonFiniteLoss(f"{what} is {loss}; try a lower --learning_rate")
+    return loss
 
 
 def step_optimizer(

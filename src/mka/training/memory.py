@@ -20,7 +20,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes. CUDA: peak allocated and reserved. CPU: peak resident above the start, and in all; None: not known."""
+    """Bytes above the start, and in all. CUDA: peak allocated, peak reserved. CPU: peak resident. None: unknown."""
 
     allocated: int | None
     reserved: int | None
@@ -35,7 +35,7 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-            self.start = 0
+            self.start = torch.cuda.memory_allocated(device)
         elif can_reset_peak():
             ctypes.CDLL(None).malloc_trim(0)
             CLEAR_REFS.write_text(RESET_PEAK)
@@ -43,8 +43,8 @@ class PeakMemory:
 
     def peak(self) -> Peak:
         if self.device.type == "cuda":
-            stats = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
-            return Peak(*stats)
+            allocated = torch.cuda.max_memory_allocated(self.device) - self.start
+            return Peak(allocated, torch.cuda.max_memory_reserved(self.device))
         if not can_reset_peak():
             return Peak(None, None)
         highest = resident_bytes("VmHWM")
@@ -52,8 +52,14 @@ class PeakMemory:
 
 
 def can_reset_peak() -> bool:
-    """Linux with glibc; elsewhere the figure is left out rather than guessed."""
-    return sys.platform == "linux" and CLEAR_REFS.exists() and hasattr(ctypes.CDLL(None), "malloc_trim")
+    """Linux with glibc, where the process may; elsewhere the figure is left out rather than guessed."""
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        return False
+    try:
+        CLEAR_REFS.open("w").close()
+    except OSError:
+        return False
+    return True
 
 
 def resident_bytes(field: str) -> int:
