@@ -4,7 +4,7 @@
     python benchmarks/attention_speed.py --lengths 512 4096 --dtypes float32
 
 768 wide, 12 heads, batch 1. All variants take turns in one process; figures are medians of each variant's ratio to mha
-in the same turn. A table for people, then one line of JSON for programs.
+in the same turn. A line of JSON a row, as soon as it is known, and a table at the end.
 """
 
 import gc
@@ -60,8 +60,8 @@ def main(options: Options) -> None:
     for tokens in options.lengths:
         turns = options.turns or min(15, max(3, 28672 // tokens))
         for dtype in options.dtypes:
-            rows += layer_rows(tokens, dtype, turns, device)
-        rows += scan_rows(tokens, turns, device)
+            rows += announce(layer_rows(tokens, dtype, turns, device))
+        rows += announce(scan_rows(tokens, turns, device))
     console = Console(width=110)
     table = Table("what", "T", "dtype", "against", "ratio", "ms", "peak MiB", box=None)
     for row in rows:
@@ -69,7 +69,13 @@ def main(options: Options) -> None:
         names = (row["what"], str(row["tokens"]), row["dtype"], row["against"])
         table.add_row(*names, f"{row['ratio']:.3f}", f"{row['seconds'] * 1e3:,.2f}", peak)
     console.print(table)
-    print(json.dumps({"device": device.type, "threads": torch.get_num_threads(), "rows": rows}))
+
+
+def announce(rows: list[dict]) -> list[dict]:
+    """One line of JSON a row, as soon as it is known."""
+    for row in rows:
+        print(json.dumps(row | {"threads": torch.get_num_threads()}), flush=True)
+    return rows
 
 
 def layer_rows(tokens: int, dtype: str, turns: int, device: torch.device) -> list[dict]:
