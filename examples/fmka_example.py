@@ -64,7 +64,7 @@ def main(example: Example) -> None:
         tokens_per_step=BATCH_SIZE * SEQUENCE_LENGTH,
         steps=example.max_steps,
         accumulation=1,
-        learning_rate=1e-3,
+        learning_rate=3e-3,
         precision=precision,
         device=device,
     )
