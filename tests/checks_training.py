@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from checks import TOLERANCE
 from mka.config import BenchmarkConfig
 from mka.data import TextTokenizer, TokenizedCorpus, TokenSplit, evaluation_batches
+from mka.distributed import Ranks
 from mka.evaluation import held_out_loss
 from mka.experiments import benchmark
+from mka.experiments.comparison import Comparison
 from mka.models import build_model, gpt2_config
 from mka.training import Precision, TrainingPlan
 from mka.training.memory import PeakMemory
@@ -42,12 +44,12 @@ def batch_at(step: int, size: int = 8) -> Tensor:
 def plan(**changes: Any) -> TrainingPlan:
     values = {
         "batch_at": batch_at,
+        "rows_per_step": 8,
         "tokens_per_step": 8 * LENGTH,
         "steps": 6,
         "accumulation": 1,
         "learning_rate": 3e-3,
         "precision": FLOAT32,
-        "device": CPU,
     }
     return TrainingPlan(**values | changes)
 
@@ -104,14 +106,14 @@ class Recording(nn.Module):
 SPLITS = {"train": range(0, 20), "validation": range(20, 40), "test": range(40, 60)}
 
 
-def comparison() -> benchmark.Comparison:
+def comparison() -> Comparison:
     config = BenchmarkConfig(attention_type=("mha",), sequence_length=LENGTH, batch_size=2, max_steps=1).resolved()
     splits = {name: held_out_split(200, ids.start, ids.stop) for name, ids in SPLITS.items()}
     tokenizer = TextTokenizer(Tokenizer(BPE()), 0, "made by hand")
-    return benchmark.Comparison(
+    return Comparison(
         config=config,
         corpus=TokenizedCorpus(tokenizer, splits, "", {}),
-        device=CPU,
+        ranks=Ranks(),
         precision=FLOAT32,
         description={},
         environment={},

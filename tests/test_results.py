@@ -1,20 +1,17 @@
 """Results are never lost, files are never half-written."""
 
-import errno
 import json
 import math
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from disks import full_at, no_space
 from mka import results
 from mka.config import InputError
-from mka.results import CurvePoint, Result, append_result, read_curve, read_results, results_path, write_atomically
+from mka.results import CurvePoint, Result, append_result, read_curve, read_results, results_path
 
 
 def make(kind: str = "mka", seed: int = 0, **changes: Any) -> Result:
@@ -37,25 +34,6 @@ def make(kind: str = "mka", seed: int = 0, **changes: Any) -> Result:
         "environment": {"device": "cpu"},
     }
     return Result(attention_type=kind, seed=seed, **numbers | changes)
-
-
-@contextmanager
-def full_at(size: int) -> Iterator[None]:
-    """No file of this process may grow past `size` bytes: a write that crosses it is cut, the next one fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def no_space(*_: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def test_results_come_back_as_they_were(tmp_path: Path) -> None:
@@ -139,67 +117,6 @@ def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"holds no results\.jsonl") as error:
             read_results(folder)
         assert "\n" not in str(error.value)
-
-
-def test_atomic_write_replaces_and_makes_folders(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b.txt"
-    write_atomically(path, "old")
-    write_atomically(path, "naïve\n記憶")
-    assert path.read_text(encoding="utf-8") == "naïve\n記憶"
-    assert files(path.parent) == {"b.txt"}
-
-
-def break_sync(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(results.os, "fsync", no_space)
-
-
-def break_replace(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(results.os, "replace", no_space)
-
-
-@pytest.mark.parametrize("break_it", [break_sync, break_replace])
-def test_a_failed_atomic_write_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, break_it: Callable[[pytest.MonkeyPatch], None]
-) -> None:
-    path = tmp_path / "table.md"
-    write_atomically(path, "old")
-    with monkeypatch.context() as patch:
-        break_it(patch)
-        with pytest.raises(OSError, match="No space left"):
-            write_atomically(path, "new")
-    assert path.read_text(encoding="utf-8") == "old"
-    assert files(tmp_path) == {"table.md"}
-
-
-def test_an_atomic_write_cut_short_keeps_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "table.md"
-    write_atomically(path, "old")
-    with full_at(1000), pytest.raises(OSError, match="File too large"):
-        write_atomically(path, "x" * 5000)
-    assert path.read_text(encoding="utf-8") == "old"
-    assert files(tmp_path) == {"table.md"}
-
-
-def test_the_final_name_appears_only_with_the_whole_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "table.md"
-    replace = os.replace
-
-    def look(source: Path, target: Path) -> None:
-        assert not target.exists()
-        assert source.read_text(encoding="utf-8") == "whole"
-        replace(source, target)
-
-    monkeypatch.setattr(results.os, "replace", look)
-    write_atomically(path, "whole")
-    assert path.read_text(encoding="utf-8") == "whole"
-
-
-def test_json_is_sorted_and_ends_in_a_newline(tmp_path: Path) -> None:
-    results.write_json(tmp_path / "config.json", {"b": 1, "a": [True, None]})
-    text = (tmp_path / "config.json").read_text(encoding="utf-8")
-    assert json.loads(text) == {"a": [True, None], "b": 1}
-    assert text.index('"a"') < text.index('"b"')
-    assert text.endswith("}\n")
 
 
 def test_curves_come_back_as_they_were(tmp_path: Path) -> None:

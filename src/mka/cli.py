@@ -3,7 +3,8 @@
     mka bench ...      compare mechanisms (the same as python src/experiments/benchmark.py ...)
     mka report DIR     redraw table and figures from a folder of results
 
-Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged; 130 after Ctrl-C.
+Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged or lost a rank; 130 after Ctrl-C, 143
+after SIGTERM. Of several ranks the first one prints; each machine's first says what was wrong with its command.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -70,12 +72,16 @@ def dispatch(form: Any, program: str, arguments: Sequence[str] | None) -> int:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return complain(program, f"{error}{f'; make room and {GO_ON}' if full else ''}", 2)
-    except KeyboardInterrupt:
-        return complain(program, f"interrupted; {GO_ON}", 130)
+    except KeyboardInterrupt as stop:
+        where = f" {stop}" if str(stop) else ""
+        return complain(program, f"interrupted{where}; {GO_ON}", 128 + getattr(stop, "signal_number", signal.SIGINT))
 
 
 def parse(form: Any, program: str, arguments: Sequence[str] | None) -> Any:
     """The dataclass the arguments describe. Raises InputError with the parser's complaint on one line."""
+    given = sys.argv[1:] if arguments is None else arguments
+    # The deepspeed launcher gives each process this flag; the same number is in its environment.
+    arguments = [argument for argument in given if not argument.startswith("--local_rank=")]
     complaint = io.StringIO()
     options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     try:
@@ -106,6 +112,7 @@ def one_line(box: str) -> str:
 
 def run_bench(config: BenchmarkConfig) -> int:
     config.resolved()  # before torch is loaded, which takes seconds: a mistake is said at once
+    from mka.distributed import RankLost
     from mka.experiments import run_benchmark
     from mka.training import NonFiniteLoss
 
@@ -118,7 +125,15 @@ def run_bench(config: BenchmarkConfig) -> int:
         folder = run_benchmark(config, console, on_result)
     except NonFiniteLoss as error:
         return complain("mka", error, 1)
-    return finish(folder, console)
+    except RankLost as error:
+        print(f"mka: rank {os.environ.get('RANK')}: {error}; {GO_ON}", file=sys.stderr)
+        return 1
+    return finish(folder, console) if is_first_rank() else 0
+
+
+def is_first_rank(name: str = "RANK") -> bool:
+    """Whether this process is the one that prints: launchers number those they start."""
+    return os.environ.get(name, "0") == "0"
 
 
 def run_report(config: ReportConfig) -> int:
@@ -127,7 +142,7 @@ def run_report(config: ReportConfig) -> int:
 
 def plain_console() -> Console:
     """Prints what it is given: a bracket or a colon in a folder's name means nothing to it."""
-    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not is_first_rank())
 
 
 def finish(folder: Path, console: Console) -> int:
@@ -141,5 +156,7 @@ def finish(folder: Path, console: Console) -> int:
 
 
 def complain(program: str, error: object, status: int) -> int:
-    print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+    """One line; of several ranks each machine's first speaks for all."""
+    if is_first_rank("LOCAL_RANK"):
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
     return status

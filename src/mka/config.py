@@ -179,6 +179,24 @@ class BenchmarkConfig:
     """parameters: adjust the MLP so that every mechanism has the parameters of mha."""
     output_dir: str | None = None
     """Folder of the results; default: runs/, named after the configuration."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks share the work: ddp (each holds the model) or fsdp (FSDP2: each holds a part)."""
+    deepspeed: bool = False
+    """Train by DeepSpeed's ZeRO instead; started by deepspeed or torchrun."""
+    deepspeed_config: str | None = None
+    """DeepSpeed's JSON file; default: ZeRO stage 2."""
+    gradient_checkpointing: bool = False
+    """Compute each block's activations again for the backward pass instead of keeping them."""
+    save_steps: int = 500
+    """Optimiser steps between two checkpoints; 0: only at the end of a training and when it is interrupted."""
+    keep_checkpoints: int = 2
+    """Checkpoints of a training that are kept, the newest ones."""
+    resume: bool = False
+    """Go on with the run in --output_dir, and refuse to start a new one."""
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also send the curves to a tracker."""
+    ddp_timeout: int = 1800
+    """Seconds after which a rank that does not answer ends the job."""
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
@@ -229,6 +247,12 @@ class ResolvedConfig(BenchmarkConfig):
             check_at_least(name, getattr(self, name), 1)
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        for name, least in (("save_steps", 0), ("keep_checkpoints", 1), ("ddp_timeout", 1)):
+            check_at_least(name, getattr(self, name), least)
+        if self.deepspeed and self.strategy == "fsdp":
+            raise InputError("--deepspeed and --strategy fsdp are both given; choose one")
+        if self.deepspeed_config is not None and not self.deepspeed:
+            raise InputError(f"deepspeed_config is {self.deepspeed_config!r} without --deepspeed; give both")
         check_memory(self.local_window, self.chunk_size, self.top_k, self.session_decay, self.session_stride)
         preset = PRESETS[self.preset]
         kv_heads = self.num_groups if "gqa" in self.mechanisms else 1

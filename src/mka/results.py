@@ -10,13 +10,14 @@ One folder:
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from mka.config import InputError
+from mka.storage import sync_folder, write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -63,34 +64,6 @@ class CurvePoint:
     seconds: float
     train_loss: float | None
     eval_loss: float | None = None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that its name only ever holds the whole text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a crash."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def results_path(folder: Path) -> Path:

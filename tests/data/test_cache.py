@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mka.data import Corpus, TextTokenizer, TokenizedCorpus, cache, prepare_tokens, tokenizer, tokens
+from mka import storage
+from mka.data import Corpus, TextTokenizer, TokenizedCorpus, prepare_tokens, tokenizer, tokens
 from mka.data.cache import default_cache_dir, read_entry, write_entry
 
 FILES = (
@@ -140,7 +141,7 @@ def test_every_byte_of_the_manifest_matters(entry: Path) -> None:
         changed = bytearray(raw)
         changed[place] ^= 1
         (entry / "manifest.json").write_bytes(changed)
-        assert cache.check_entry(entry)[0] is None, place
+        assert storage.check_folder(entry)[0] is None, place
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "null", '{"content": {}}', '{"content": 3}', "\udcff"])
@@ -211,7 +212,7 @@ def test_full_disk_is_one_line(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache.os, call, full)
+    monkeypatch.setattr(storage.os, call, full)
     message = refused(prepare, small_corpus, tmp_path)
     assert "No space left on device" in message
     assert repr(str(tmp_path)) in message
@@ -225,10 +226,10 @@ def test_cache_folder_that_cannot_be(small_corpus: Corpus, tmp_path: Path, refus
 
 def test_manifest_is_written_last(small_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    seal, write_atomically = cache.seal, cache.write_atomically
-    monkeypatch.setattr(cache, "seal", lambda path: order.append(path.name) or seal(path))
+    sync_file, write_atomically = storage.sync_file, storage.write_atomically
+    monkeypatch.setattr(storage, "sync_file", lambda path: order.append(path.name) or sync_file(path))
     monkeypatch.setattr(
-        cache, "write_atomically", lambda path, text: order.append(path.name) or write_atomically(path, text)
+        storage, "write_atomically", lambda path, text: order.append(path.name) or write_atomically(path, text)
     )
     prepare(small_corpus, tmp_path)
     assert order[-1] == "manifest.json"

@@ -5,30 +5,31 @@ corpus -> tokens -> same batches in the same order -> model with one mechanism -
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from mka.config import ATTENTION_TITLES, PRESETS, BenchmarkConfig, ResolvedConfig, attention_options
-from mka.data import BlockBatches, TokenizedCorpus, evaluation_batches, load_corpus, prepare_tokens
+from mka.config import ATTENTION_TITLES, PRESETS, BenchmarkConfig, attention_options
+from mka.distributed import Ranks, lost_ranks_said, start_ranks
 from mka.evaluation import HeldOutLoss, held_out_loss
-from mka.experiments.environment import describe_environment
-from mka.experiments.folder import choose_folder, describe, open_folder
+from mka.experiments.comparison import Comparison, announce, prepare
+from mka.experiments.folder import identity
+from mka.experiments.launch import check_launch
 from mka.experiments.progress import show_progress
+from mka.experiments.tracking import check_tracker, tracked
 from mka.models import build_model, gpt2_config, matched_intermediate_size, mechanisms
 from mka.results import Result, append_result, write_curve
 from mka.training import (
+    Checkpoints,
     NonFiniteLoss,
+    Peak,
     PeakMemory,
-    Precision,
     TrainingPlan,
     TrainingRun,
-    choose_precision,
+    deepspeed_settings,
     keep_freed_memory,
     train,
 )
@@ -38,112 +39,51 @@ LOOK_TOKENS = 2**13
 CACHE_DTYPE = torch.bfloat16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What all mechanisms of one run share."""
-
-    config: ResolvedConfig
-    corpus: TokenizedCorpus
-    device: torch.device
-    precision: Precision
-    description: dict[str, Any]
-    environment: dict[str, Any]
-    folder: Path
-    console: Console
-
-
 def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[[Result], None]) -> Path:
-    """Run what is missing of a comparison; returns its folder.
+    """Run what is missing of a comparison; returns its folder. Every rank of a launch calls it; the first one writes.
 
-    `on_result` is called with each result once it is safely in results.jsonl. Raises InputError, before anything
-    is written, for settings or data that cannot work; NonFiniteLoss if a training diverges.
+    `on_result` is called, on the first rank, with each result once it is safely in results.jsonl. Raises InputError,
+    before anything is written, for settings or data that cannot work; NonFiniteLoss if a training diverges; RankLost
+    if another rank dies; Interrupted after a signal, when the checkpoint is written.
     """
     config = given.resolved()
+    check_tracker(config.track)
+    check_launch(config)
     keep_freed_memory()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose_precision(device, config.fp16, config.bf16)
-    corpus = prepare_tokens(
-        load_corpus(config.dataset, config.text_path), config.tokenizer, PRESETS[config.preset].vocab_size
-    )
-    check_data(config, corpus)
-    description = describe(config, corpus.summary, precision.name)
-    environment = describe_environment(device, precision.name)
-    folder = choose_folder(config, description)
-    finished = open_folder(folder, description, environment)
-    comparison = Comparison(
-        config=config,
-        corpus=corpus,
-        device=device,
-        precision=precision,
-        description=description,
-        environment=environment,
-        folder=folder,
-        console=console,
-    )
-    announce(comparison)
-    for seed, kind in product(config.seeds, config.mechanisms):
-        if (kind, seed) in finished:
-            console.print(f"✅ {kind.upper()} with seed {seed} is already in {folder}/results.jsonl")
-        else:
-            on_result(run_one(comparison, kind, seed))
-    return folder
-
-
-def check_data(config: ResolvedConfig, corpus: TokenizedCorpus) -> None:
-    """Raises InputError if a split does not fill one block."""
-    batches(config, corpus, seed=0)
-    held_out(config, corpus)
-
-
-def batches(config: ResolvedConfig, corpus: TokenizedCorpus, seed: int) -> BlockBatches:
-    """Optimiser steps' worth of blocks: batch_size x gradient_accumulation_steps at a time."""
-    rows = config.batch_size * config.gradient_accumulation_steps
-    return BlockBatches(corpus.splits["train"].ids, config.sequence_length, rows, seed)
-
-
-def held_out(config: ResolvedConfig, corpus: TokenizedCorpus, max_tokens: int | None = None) -> Any:
-    limit = max_tokens or PRESETS[config.preset].eval_tokens
-    return evaluation_batches(corpus.splits["validation"], config.sequence_length, config.batch_size, limit)
-
-
-def num_steps(config: ResolvedConfig, train_batches: BlockBatches) -> int:
-    """Whichever of --epochs and --max_steps ends first."""
-    epochs = [] if config.epochs is None else [-(-config.epochs * train_batches.num_blocks // train_batches.batch_size)]
-    return min(epochs + ([] if config.max_steps is None else [config.max_steps]))
-
-
-def announce(comparison: Comparison) -> None:
-    data = comparison.corpus.summary
-    sizes = {split: counts["tokens"] for split, counts in data["splits"].items()}
-    train_batches = batches(comparison.config, comparison.corpus, seed=0)
-    steps = num_steps(comparison.config, train_batches)
-    tokens = steps * train_batches.batch_size * comparison.config.sequence_length
-    say = comparison.console.print
-    say(f"Corpus     {data['dataset']}: {sizes['train']:,} training tokens, {sizes['validation']:,} held out")
-    say(f"Split      {data['split_rule']}; {data['skipped']:,} files that are not text or empty left out")
-    say(f"Budget     {steps:,} steps, {tokens:,} tokens for each mechanism and seed")
-    environment = comparison.environment
-    say(f"Machine    {environment['processor']}, {environment['threads']} threads, {comparison.precision.name}")
-    say(f"Results    {comparison.folder}")
+    ranks = start_ranks(config.ddp_timeout)
+    with lost_ranks_said("between two trainings"):
+        comparison = prepare(config, ranks, console)
+        announce(comparison)
+        for seed, kind in product(config.seeds, config.mechanisms):
+            if (kind, seed) in comparison.finished:
+                console.print(f"✅ {kind.upper()} with seed {seed} is already in {comparison.folder}/results.jsonl")
+                continue
+            result = run_one(comparison, kind, seed)
+            if ranks.is_main:
+                on_result(result)
+    ranks.part()
+    return comparison.folder
 
 
 def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
-    """Train and evaluate one mechanism, and append its result."""
-    console = comparison.console
+    """Train and evaluate one mechanism, and append its result. Collective."""
+    config, ranks, console = comparison.config, comparison.ranks, comparison.console
     console.print(f"\n🏁 Testing {kind.upper()}...")
-    console.print(f"Using {ATTENTION_TITLES[kind]}" + (f" (seed {seed})" if len(comparison.config.seeds) > 1 else ""))
-    memory = PeakMemory(comparison.device)
+    console.print(f"Using {ATTENTION_TITLES[kind]}" + (f" (seed {seed})" if len(config.seeds) > 1 else ""))
+    memory = PeakMemory(ranks.device)
     model = make_model(comparison, kind, seed)
-    model.to(comparison.device)
+    length = config.sequence_length
+    parameters = sum(p.numel() for p in model.parameters())
+    cache_bytes = sum(m.state_nbytes(1, length, CACHE_DTYPE) for m in mechanisms(model))
+    checkpoints = checkpoints_of(comparison, kind, seed)
     try:
-        run = train_model(comparison, model, seed)
+        run = train_model(comparison, model, kind, seed, checkpoints)
     except NonFiniteLoss as error:
         raise NonFiniteLoss(f"{kind}, seed {seed}: {error}") from None
     started = time.perf_counter()
     held = evaluate(comparison, model)
     eval_seconds = time.perf_counter() - started
-    peak = memory.peak()
-    length = comparison.config.sequence_length
+    peak = highest(ranks, memory.peak())
     result = Result(
         attention_type=kind,
         seed=seed,
@@ -156,16 +96,19 @@ def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
         tokens_per_second=run.tokens / run.seconds,
         memory_allocated=peak.allocated,
         memory_reserved=peak.reserved,
-        parameters=sum(p.numel() for p in model.parameters()),
-        cache_bytes_per_token=sum(m.state_nbytes(1, length, CACHE_DTYPE) for m in mechanisms(model)) / length,
+        parameters=parameters,
+        cache_bytes_per_token=cache_bytes / length,
         train_tokens=run.tokens,
         eval_tokens=held.tokens,
         skipped_steps=run.skipped_steps,
-        config=comparison.description | {"seeds": list(comparison.config.seeds)},
+        config=comparison.description | {"seeds": list(config.seeds)},
         environment=comparison.environment,
     )
-    write_curve(comparison.folder, kind, seed, run.curve)
-    append_result(comparison.folder, result)
+    if ranks.is_main:
+        checkpoints.export_weights(comparison.folder / "models" / f"{kind}-seed{seed}.safetensors")
+        write_curve(comparison.folder, kind, seed, run.curve)
+        append_result(comparison.folder, result)
+        checkpoints.clear()
     return result
 
 
@@ -183,26 +126,69 @@ def make_model(comparison: Comparison, kind: str, seed: int) -> nn.Module:
     )
     if config.match == "parameters":
         gpt2.n_inner = matched_intermediate_size(kind, gpt2, **options)
-    return build_model(kind, gpt2, seed, **options)
+    model = build_model(kind, gpt2, seed, **options)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
-def train_model(comparison: Comparison, model: nn.Module, seed: int) -> TrainingRun:
-    config = comparison.config
-    train_batches = batches(config, comparison.corpus, seed)
+def checkpoints_of(comparison: Comparison, kind: str, seed: int) -> Checkpoints:
+    whose = identity(comparison.description) | {"attention_type": kind, "seed": seed}
+    folder = comparison.folder / "checkpoints" / f"{kind}-seed{seed}"
+    return Checkpoints(folder, whose, comparison.config.keep_checkpoints)
+
+
+def train_model(
+    comparison: Comparison, model: nn.Module, kind: str, seed: int, checkpoints: Checkpoints
+) -> TrainingRun:
+    config, console = comparison.config, comparison.console
+    batches = comparison.batches(seed)
     plan = TrainingPlan(
-        batch_at=train_batches.at,
-        tokens_per_step=train_batches.batch_size * config.sequence_length,
-        steps=num_steps(config, train_batches),
-        accumulation=config.gradient_accumulation_steps,
+        batch_at=batches.at,
+        rows_per_step=batches.batch_size,
+        tokens_per_step=batches.batch_size * config.sequence_length,
+        steps=comparison.num_steps(),
+        accumulation=comparison.accumulation,
         learning_rate=config.learning_rate,
         precision=comparison.precision,
-        device=comparison.device,
+        ranks=comparison.ranks,
+        save_steps=config.save_steps,
+        strategy=config.strategy,
+        deepspeed=deepspeed_settings(config.deepspeed_config) if config.deepspeed else None,
     )
-    with show_progress(comparison.console, plan.steps) as on_step:
-        return train(model, plan, look=lambda: evaluate(comparison, model, LOOK_TOKENS).loss, on_step=on_step)
+    tracker = config.track if comparison.ranks.is_main else "none"
+    settings = {"attention_type": kind, "seed": seed}
+    with (
+        show_progress(console, plan.steps) as show,
+        tracked(tracker, comparison.folder, f"{kind}-seed{seed}", settings) as track,
+    ):
+
+        def on_step(run: TrainingRun) -> None:
+            show(run)
+            track(run)
+
+        return train(
+            model,
+            plan,
+            look=lambda: evaluate(comparison, model, LOOK_TOKENS).loss,
+            on_step=on_step,
+            checkpoints=checkpoints,
+            say=console.print,
+        )
 
 
 def evaluate(comparison: Comparison, model: nn.Module, max_tokens: int | None = None) -> HeldOutLoss:
-    """Loss on the validation split; never on train."""
-    scored = held_out(comparison.config, comparison.corpus, max_tokens)
-    return held_out_loss(model, scored, comparison.device, comparison.precision.autocast())
+    """Loss on the validation split; never on train. Collective."""
+    scored, ranks = comparison.held_out(max_tokens), comparison.ranks
+    return held_out_loss(model, scored, ranks.device, comparison.precision.autocast(), ranks)
+
+
+def highest(ranks: Ranks, peak: Peak) -> Peak:
+    """The largest of all ranks; None where a rank could not measure. Collective."""
+    peaks = ranks.gather(peak)
+    return Peak(highest_or_none([p.allocated for p in peaks]), highest_or_none([p.reserved for p in peaks]))
+
+
+def highest_or_none(values: list[int | None]) -> int | None:
+    measured = [value for value in values if value is not None]
+    return max(measured) if len(measured) == len(values) else None

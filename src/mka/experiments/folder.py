@@ -8,52 +8,83 @@ from pathlib import Path
 from typing import Any
 
 from mka.config import PRESETS, InputError, ResolvedConfig
-from mka.results import read_results, results_path, write_json
+from mka.results import read_results, results_path
+from mka.storage import write_json
 
-NOT_IDENTITY = ("attention_type", "seeds", "output_dir", "fp16", "bf16")
-"""Fields that choose which rows a run adds, not what a row means."""
+NOT_IDENTITY = (
+    *("attention_type", "seeds", "output_dir", "resume", "fp16", "bf16"),
+    *("strategy", "deepspeed", "deepspeed_config", "gradient_checkpointing", "ddp_timeout"),
+    *("save_steps", "keep_checkpoints", "track"),
+)
+"""Fields that choose which rows a run adds and how it is carried out, not what a row means."""
+PARTS = ("batch_size", "gradient_accumulation_steps")
+"""How one rank cuts its rows; what a row means is the product over all ranks, global_batch_size."""
 
 
-def describe(config: ResolvedConfig, data: dict[str, Any], precision: str) -> dict[str, Any]:
+def describe(config: ResolvedConfig, data: dict[str, Any], precision: str, num_ranks: int = 1) -> dict[str, Any]:
     """What every row of one folder has in common, ready for JSON."""
     shared = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
+    shared["global_batch_size"] = config.batch_size * config.gradient_accumulation_steps * num_ranks
     shared |= {"precision": precision, "model": asdict(PRESETS[config.preset]), "data": data}
     return json.loads(json.dumps(shared))
+
+
+def identity(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that two runs must share to be one, under dotted names."""
+    return flat({name: value for name, value in description.items() if name not in PARTS})
 
 
 def choose_folder(config: ResolvedConfig, description: dict[str, Any]) -> Path:
     """The folder that was asked for, or one of the configuration's own under runs/."""
     if config.output_dir is not None:
         return Path(config.output_dir)
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(identity(description), sort_keys=True).encode()).hexdigest()[:8]
     return Path("runs") / f"{config.preset}-{config.dataset}-{digest}"
 
 
-def open_folder(folder: Path, description: dict[str, Any], environment: dict[str, Any]) -> set[tuple[str, int]]:
-    """Make or reopen the folder; returns the (attention_type, seed) pairs that are finished.
+def agree_with_folder(folder: Path, description: dict[str, Any], resume: bool = False) -> dict[str, Any]:
+    """The description to go on with; writes nothing. The same command on another number of ranks keeps the global
+    batch that the folder was started with.
 
-    Raises InputError, before anything is written, if the folder holds another configuration or is not one of ours.
+    Raises InputError if the folder holds another configuration or is not one of ours; with `resume`, if it holds none.
     """
     path = folder / "config.json"
     if path.is_file():
-        held, ours = flat(read_description(path)), flat(description)
-        different = [name for name in held.keys() | ours.keys() if held.get(name) != ours.get(name)]
-        if different:
-            name = min(different, key=lambda name: (name.count("."), name))  # a flag rather than what follows from it
-            raise InputError(
-                f"{folder} holds a different configuration: {name} is {short(held.get(name))} there and "
-                f"{short(ours.get(name))} here; choose another --output_dir"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(not entry.name.startswith(".") for entry in folder.iterdir())):
+        held = read_description(path)
+        if all(held.get(name) == description[name] for name in PARTS) and "global_batch_size" in held:
+            description = description | {"global_batch_size": held["global_batch_size"]}
+        check_same_run(folder, identity(held), identity(description))
+        return held
+    if resume:
+        raise InputError(f"--resume: {folder} holds no config.json of a run; give its folder by --output_dir")
+    if folder.exists() and (not folder.is_dir() or any(not entry.name.startswith(".") for entry in folder.iterdir())):
         raise InputError(f"{folder} is not empty and holds no config.json of a run; choose another --output_dir")
+    return description
+
+
+def open_folder(folder: Path, description: dict[str, Any], environment: dict[str, Any]) -> set[tuple[str, int]]:
+    """Make or reopen a folder that agrees; returns the (attention_type, seed) pairs that are finished.
+
+    Raises InputError if it cannot be made.
+    """
     finished = {result.key for result in read_results(folder)} if results_path(folder).is_file() else set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output_dir is {str(folder)!r}, which cannot be made: {error.strerror}") from None
-    write_json(path, description)
+    write_json(folder / "config.json", description)
     write_json(folder / "environment.json", environment)
     return finished
+
+
+def check_same_run(folder: Path, held: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    different = [name for name in held.keys() | ours.keys() if held.get(name) != ours.get(name)]
+    if different:
+        name = min(different, key=lambda name: (name.count("."), name))  # a flag rather than what follows from it
+        raise InputError(
+            f"{folder} holds a different configuration: {name} is {short(held.get(name))} there and "
+            f"{short(ours.get(name))} here; choose another --output_dir"
+        )
 
 
 def read_description(path: Path) -> dict[str, Any]:

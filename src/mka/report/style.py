@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mka.results import write_atomically
+from mka.storage import write_atomically
 
 # Okabe and Ito's palette, which most colour-blind readers tell apart; yellow is left out, too pale on white.
 STYLES = {

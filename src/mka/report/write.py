@@ -8,7 +8,8 @@ from mka.report.conditions import configuration, environments
 from mka.report.figures import save_figures
 from mka.report.summary import Summary, latest, summarise
 from mka.report.tables import markdown_table
-from mka.results import Result, read_results, results_path, write_atomically
+from mka.results import Result, read_results, results_path
+from mka.storage import write_atomically
 
 LEGEND = """\
 - **Train loss**: mean over the last tenth of the steps, in nats per token.

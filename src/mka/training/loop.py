@@ -1,39 +1,54 @@
-"""The training loop: batches -> loss -> step, for a number of steps, on one device."""
+"""The training loop: batches -> loss -> step, for a number of steps, on any number of ranks, from where it stood."""
 
 import math
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from signal import SIGINT, SIGTERM
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mka.models import next_token_loss
+from mka.distributed import Ranks, lost_ranks_said
 from mka.results import CurvePoint
-from mka.training.optimizer import MAX_GRAD_NORM, build_optimizer, build_schedule
+from mka.training.checkpoint import Checkpoint, Checkpoints
+from mka.training.engine import Engine, TorchEngine, stored
+from mka.training.interruption import Interrupted, StopRequest, stop_request
+from mka.training.nonfinite import NonFiniteLoss, explain
+from mka.training.optimizer import learning_rate_at
 from mka.training.precision import Precision
 
 LOOKS = 6
 """Held-out looks during training, the first before it and the last after it."""
 LOGGED_POINTS = 500
 """Longest loss curve; longer runs log means of several steps."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss was NaN or infinite; the optimiser has not stepped on it."""
+ADVICE = "try a lower --learning_rate"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """`batch_at(step)` gives the blocks (B, T + 1) of an optimiser step, taken in `accumulation` equal parts."""
+    """`batch_at(step)` gives the blocks (B, T + 1) of an optimiser step; each of the ranks takes an equal share of
+    them, in `accumulation` equal parts. `save_steps` 0: no checkpoint but at the end and at a signal. `deepspeed`: the
+    settings of DeepSpeed's engine, which then takes the place of `strategy`."""
 
     batch_at: Callable[[int], Tensor]
+    rows_per_step: int
     tokens_per_step: int
     steps: int
     accumulation: int
     learning_rate: float
     precision: Precision
-    device: torch.device
+    ranks: Ranks = field(default_factory=Ranks)
+    save_steps: int = 0
+    strategy: str = "ddp"
+    deepspeed: dict[str, Any] | None = None
+
+    def parts_at(self, step: int) -> tuple[Tensor, ...]:
+        """This rank's rows of a step, `accumulation` times (b, T + 1)."""
+        shares = self.batch_at(step).chunk(self.ranks.count)
+        return shares[self.ranks.rank].to(self.ranks.device).chunk(self.accumulation)
 
 
 @dataclass
@@ -58,68 +73,122 @@ def train(
     plan: TrainingPlan,
     look: Callable[[], float],
     on_step: Callable[[TrainingRun], None] = lambda run: None,
+    checkpoints: Checkpoints | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> TrainingRun:
-    """Train `model` in place. `look()` gives a held-out loss; its time is not counted.
+    """Train `model` in place, from its newest checkpoint if there is one. `look()` gives a held-out loss; its time is
+    not counted. Collective.
 
-    Raises NonFiniteLoss, naming the step, before such a loss reaches the weights.
+    Raises NonFiniteLoss, naming step and layer, before such a loss reaches the weights; Interrupted after a signal,
+    when the checkpoint is written; RankLost if another rank is.
     """
-    optimizer = build_optimizer(model, plan.learning_rate)
-    schedule = build_schedule(optimizer, plan.steps)
-    scaler = plan.precision.scaler()
     looks = {round(plan.steps * i / (LOOKS - 1)) for i in range(LOOKS)}
     log_every = max(1, plan.steps // LOGGED_POINTS)
-    run = TrainingRun()
-    untrained = check_finite(look(), "the held-out loss before training")
-    run.curve.append(CurvePoint(step=0, tokens=0, seconds=0.0, train_loss=None, eval_loss=untrained))
+    model.to(plan.ranks.device)
+    engine, run = resume(model, plan, checkpoints, say)
+    saved = len(run.losses)
+    if not run.curve:
+        untrained = check_finite(look(), "the held-out loss before training")
+        run.curve.append(CurvePoint(step=0, tokens=0, seconds=0.0, train_loss=None, eval_loss=untrained))
     model.train()
-    for step in range(plan.steps):
-        started = time.perf_counter()
-        loss = accumulate(model, plan, step, scaler)
-        step_optimizer(model, optimizer, scaler, run)
-        schedule.step()
-        if plan.device.type == "cuda":
-            torch.cuda.synchronize(plan.device)
-        run.losses.append(loss)
-        run.seconds += time.perf_counter() - started
-        run.tokens += plan.tokens_per_step
-        if (step + 1) % log_every == 0 or step + 1 in looks:
-            held_out = check_finite(look(), f"the held-out loss after step {step + 1}") if step + 1 in looks else None
-            run.curve.append(curve_point(run, log_every, held_out))
-            model.train()
-        on_step(run)
+    with stop_request() as request:
+        for step in range(len(run.losses), plan.steps):
+            with lost_ranks_said(f"at step {step + 1}"):
+                stop = take_step(model, engine, plan, step, run, request)
+                done = step + 1
+                if done % log_every == 0 or done in looks:
+                    held_out = check_finite(look(), f"the held-out loss after step {done}") if done in looks else None
+                    run.curve.append(curve_point(run, log_every, held_out))
+                    model.train()
+                on_step(run)
+                due = done == plan.steps or (plan.save_steps and done % plan.save_steps == 0)
+                if checkpoints is not None and (stop or due) and done > saved:
+                    save(engine, plan, checkpoints, run)
+                    saved = done
+            if stop:
+                raise Interrupted(stop, f"after step {done} of {plan.steps}")
     return run
 
 
-def accumulate(model: nn.Module, plan: TrainingPlan, step: int, scaler: torch.amp.GradScaler) -> float:
-    """Gradients of one optimiser step; returns its mean loss over tokens."""
-    parts = plan.batch_at(step).to(plan.device).chunk(plan.accumulation)
-    total = 0.0
-    for part in parts:
-        with plan.precision.autocast():
-            loss = next_token_loss(model, part) / len(parts)
-        total += check_finite(loss.item(), f"the loss at step {step + 1}")
-        scaler.scale(loss).backward()
-    return total
+def make_engine(model: nn.Module, plan: TrainingPlan) -> Engine:
+    if plan.deepspeed is None:
+        return TorchEngine(model, plan.learning_rate, plan.precision, plan.ranks, plan.strategy)
+    if plan.ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns, on every rank, that it had to guess
+    from mka.training.deepspeed_engine import DeepSpeedEngine
+
+    rows = plan.rows_per_step // plan.ranks.count // plan.accumulation
+    return DeepSpeedEngine(
+        model, plan.learning_rate, plan.precision, plan.ranks, plan.deepspeed, rows, plan.accumulation
+    )
+
+
+def take_step(
+    model: nn.Module, engine: Engine, plan: TrainingPlan, step: int, run: TrainingRun, request: StopRequest
+) -> int:
+    """One optimiser step on all ranks; returns the signal on which to stop, or 0. Its loss is the mean over tokens."""
+    started = time.perf_counter()
+    parts = plan.parts_at(step)
+    losses = engine.gradients(parts)
+    mine = torch.stack(losses).double().mean().item()
+    # One exchange a step: the ranks agree on the loss, and on whether to stop.
+    total, terminated, interrupted = plan.ranks.sum((mine, request.got(SIGTERM), request.got(SIGINT)))
+    loss = total / plan.ranks.count
+    if not math.isfinite(loss):
+        layer = explain(model, parts, losses, plan.precision.autocast(), plan.ranks)
+        raise NonFiniteLoss(f"the loss at step {step + 1} is {loss}; {layer}; {ADVICE}")
+    run.skipped_steps += engine.step(learning_rate_at(step, plan.steps, plan.learning_rate))
+    if plan.ranks.device.type == "cuda":
+        torch.cuda.synchronize(plan.ranks.device)
+    run.losses.append(loss)
+    run.seconds += time.perf_counter() - started
+    run.tokens += plan.tokens_per_step
+    return SIGTERM if terminated else SIGINT if interrupted else 0
 
 
 def check_finite(loss: float, what: str) -> float:
     """The loss itself; raises NonFiniteLoss, naming it, if it is NaN or infinite."""
     if not math.isfinite(loss):
-        raise NonFiniteLoss(f"{what} is {loss}; try a lower --learning_rate")
+        raise NonFiniteLoss(f"{what} is {loss}; {ADVICE}")
     return loss
 
 
-def step_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: TrainingRun
-) -> None:
-    """Clip and step; a float16 step whose gradients overflowed is skipped and counted."""
-    scale = scaler.get_scale()
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-    scaler.step(optimizer)
-    scaler.update()
-    run.skipped_steps += scaler.get_scale() < scale
-    optimizer.zero_grad(set_to_none=True)
+def save(engine: Engine, plan: TrainingPlan, checkpoints: Checkpoints, run: TrainingRun) -> None:
+    """Collective; the first rank writes."""
+    weights, optimizer, rest = engine.state()
+    if plan.ranks.is_main:
+        checkpoints.save(Checkpoint(len(run.losses), weights, optimizer, {"run": asdict(run), "engine": rest}))
+
+
+def resume(
+    model: nn.Module,
+    plan: TrainingPlan,
+    checkpoints: Checkpoints | None,
+    say: Callable[[str], None],
+) -> tuple[Engine, TrainingRun]:
+    """An engine and what is done: nothing, or as in the newest whole checkpoint, which the first rank reads."""
+    found: list[Checkpoint] = []
+
+    def read() -> dict[str, Any] | None:
+        checkpoint = checkpoints.newest(say) if checkpoints is not None else None
+        if checkpoint is None:
+            return None
+        found.append(checkpoint)
+        say(f"Going on after step {checkpoint.step} of {plan.steps}")
+        return checkpoint.progress
+
+    progress = plan.ranks.on_main(read)
+    if progress is None:
+        return make_engine(model, plan), TrainingRun()
+    with torch.no_grad():
+        for name, values in stored(model).items():
+            if found:
+                values.copy_(found[0].weights[name])
+            plan.ranks.broadcast(values)
+    engine = make_engine(model, plan)
+    engine.load(found[0].optimizer if found else {}, progress["engine"])
+    run = progress["run"]
+    return engine, TrainingRun(**run | {"curve": [CurvePoint(**point) for point in run["curve"]]})
 
 
 def curve_point(run: TrainingRun, log_every: int, eval_loss: float | None) -> CurvePoint:

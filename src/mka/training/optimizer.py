@@ -2,10 +2,8 @@
 
 import math
 
-import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -24,14 +22,10 @@ def build_optimizer(model: nn.Module, learning_rate: float) -> AdamW:
     return AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """Linear warm-up over a tenth of the steps, then a cosine down to a tenth of the peak."""
+def learning_rate_at(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over a tenth of the steps, then a cosine down to a tenth of the peak. `step` counts from 0."""
     warmup = max(1, round(WARMUP_FRACTION * steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        return FINAL_FRACTION + (1 - FINAL_FRACTION) * (1 + math.cos(math.pi * progress)) / 2
-
-    return LambdaLR(optimizer, factor)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (FINAL_FRACTION + (1 - FINAL_FRACTION) * (1 + math.cos(math.pi * progress)) / 2)

@@ -1,0 +1,111 @@
+"""What the mechanisms of one run share: settings, tokens, ranks, folder; and the batches drawn from them."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import mka
+from mka.config import PRESETS, ResolvedConfig
+from mka.data import BlockBatches, TokenizedCorpus, evaluation_batches, load_corpus, prepare_tokens
+from mka.distributed import Ranks
+from mka.experiments.environment import describe_environment
+from mka.experiments.folder import agree_with_folder, choose_folder, describe, identity, open_folder
+from mka.experiments.launch import accumulation, describe_launch
+from mka.training import Precision, choose_precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What all mechanisms of one run share."""
+
+    config: ResolvedConfig
+    corpus: TokenizedCorpus
+    ranks: Ranks
+    precision: Precision
+    description: dict[str, Any]
+    environment: dict[str, Any]
+    folder: Path
+    console: Console
+    finished: frozenset[tuple[str, int]] = frozenset()
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of an optimiser step, over all ranks and parts."""
+        return self.description["global_batch_size"]
+
+    @property
+    def accumulation(self) -> int:
+        """Parts in which each rank takes its rows of a step."""
+        return accumulation(self.global_batch_size, self.config.batch_size, self.ranks.count)
+
+    def batches(self, seed: int) -> BlockBatches:
+        """Rows of whole optimiser steps. Raises InputError if the train split does not fill one block."""
+        length = self.config.sequence_length
+        return BlockBatches(self.corpus.splits["train"].ids, length, self.global_batch_size, seed)
+
+    def held_out(self, max_tokens: int | None = None) -> Any:
+        """Batches of the validation split; by default as many tokens as the preset says. Raises InputError as above."""
+        config = self.config
+        limit = max_tokens or PRESETS[config.preset].eval_tokens
+        return evaluation_batches(self.corpus.splits["validation"], config.sequence_length, config.batch_size, limit)
+
+    def num_steps(self) -> int:
+        """Whichever of --epochs and --max_steps ends first; a last step that an epoch does not fill is taken too."""
+        config, blocks = self.config, self.batches(seed=0).num_blocks
+        epochs = [] if config.epochs is None else [-(-config.epochs * blocks // self.global_batch_size)]
+        return min(epochs + ([] if config.max_steps is None else [config.max_steps]))
+
+
+def prepare(config: ResolvedConfig, ranks: Ranks, console: Console) -> Comparison:
+    """Tokens, folder, and what the ranks agree on. Collective.
+
+    Raises InputError, before anything is written into the folder, for settings or data that cannot work.
+    """
+    precision = choose_precision(ranks.device, config.fp16, config.bf16)
+    vocab_size = PRESETS[config.preset].vocab_size
+    with ranks.first_of_machine_first():
+        corpus = prepare_tokens(load_corpus(config.dataset, config.text_path), config.tokenizer, vocab_size)
+    description = describe(config, corpus.summary, precision.name, ranks.count)
+    ranks.check_same(identity(description) | asdict(config) | {"mka": mka.__version__, "torch": torch.__version__})
+    folder = choose_folder(config, description)
+    description = ranks.on_main(lambda: agree_with_folder(folder, description, config.resume))
+    comparison = Comparison(
+        config=config,
+        corpus=corpus,
+        ranks=ranks,
+        precision=precision,
+        description=description,
+        environment=describe_environment(ranks.device, precision.name),
+        folder=folder,
+        console=console,
+    )
+    comparison.held_out()
+    comparison.batches(seed=0)
+    launch = describe_launch(config, ranks, comparison.accumulation)
+    environment = comparison.environment | {"launch": launch}
+    finished = ranks.on_main(lambda: open_folder(folder, description, environment))
+    return replace(comparison, environment=environment, finished=frozenset(finished))
+
+
+def announce(comparison: Comparison) -> None:
+    """Data, budget, machine and launch, before the first training."""
+    data, launch = comparison.corpus.summary, comparison.environment["launch"]
+    sizes = {split: counts["tokens"] for split, counts in data["splits"].items()}
+    steps = comparison.num_steps()
+    tokens = steps * comparison.global_batch_size * comparison.config.sequence_length
+    say = comparison.console.print
+    say(f"Corpus     {data['dataset']}: {sizes['train']:,} training tokens, {sizes['validation']:,} held out")
+    say(f"Split      {data['split_rule']}; {data['skipped']:,} files that are not text or empty left out")
+    say(f"Budget     {steps:,} steps, {tokens:,} tokens for each mechanism and seed")
+    environment = comparison.environment
+    say(f"Machine    {environment['processor']}, {environment['threads']} threads, {comparison.precision.name}")
+    if comparison.ranks.count > 1:
+        rows = comparison.global_batch_size // comparison.ranks.count // comparison.accumulation
+        say(
+            f"Ranks      {launch['world_size']} on {launch['machines']} machine(s), {launch['strategy']}; "
+            f"{comparison.global_batch_size} rows a step: {rows} rows x {comparison.accumulation} parts on each"
+        )
+    say(f"Results    {comparison.folder}")

@@ -1,0 +1,58 @@
+"""How a run was started, and how the rows of one optimiser step are divided among its ranks."""
+
+import os
+from typing import Any
+
+from mka.config import InputError, ResolvedConfig
+from mka.distributed import Ranks
+from mka.training import deepspeed_settings
+
+
+def check_launch(config: ResolvedConfig) -> None:
+    """Raises InputError for what can be known to fail before the ranks have met."""
+    if config.deepspeed:
+        deepspeed_settings(config.deepspeed_config)
+        if "RANK" not in os.environ:
+            command = "deepspeed src/experiments/benchmark.py --deepspeed"
+            raise InputError(f"--deepspeed needs a launcher; start it as {command}, or by torchrun")
+
+
+def describe_launch(config: ResolvedConfig, ranks: Ranks, parts: int) -> dict[str, Any]:
+    """What started the ranks, how many there are and what they do with the model, ready for JSON."""
+    machines = ranks.count // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)))
+    return {
+        "started_by": started_by(),
+        "world_size": ranks.count,
+        "machines": machines,
+        "strategy": strategy_name(config, ranks),
+        "gradient_accumulation_steps": parts,
+        "gradient_checkpointing": config.gradient_checkpointing,
+    }
+
+
+def started_by() -> str:
+    """torchrun and deepspeed leave a name of their own in the environment of what they start."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    return "deepspeed" if "CROSS_RANK" in os.environ else "python"
+
+
+def strategy_name(config: ResolvedConfig, ranks: Ranks) -> str:
+    if config.deepspeed:
+        return f"deepspeed zero{deepspeed_settings(config.deepspeed_config)['zero_optimization']['stage']}"
+    return config.strategy if ranks.count > 1 else "one process"
+
+
+def accumulation(global_batch_size: int, batch_size: int, num_ranks: int) -> int:
+    """Parts in which one rank takes its share of a step: the fewest equal ones of at most `batch_size` rows.
+
+    Raises InputError if the ranks cannot take equal shares.
+    """
+    if global_batch_size % num_ranks:
+        allowed = [str(ranks) for ranks in range(1, global_batch_size + 1) if global_batch_size % ranks == 0]
+        raise InputError(
+            f"{num_ranks} ranks do not divide the global batch of {global_batch_size} rows that this run was started "
+            f"with; allowed: {', '.join(allowed)}"
+        )
+    share = global_batch_size // num_ranks
+    return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= batch_size)
