@@ -5,10 +5,10 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test check format clean
+.PHONY: help setup bench test test-all check format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo '  Options for bench and test go into ARGS: make bench ARGS="--attention_type mka"'
 
 setup: ## Make or update the environment in .venv
@@ -18,7 +18,10 @@ bench: setup ## Compare the attention mechanisms on the embedded corpus
 	$(PYTHON_IN_VENV) src/experiments/benchmark.py $(ARGS)
 
 # One thread for each of the two workers, so that they do not fight over the processor.
-test: setup ## Run the tests
+test: setup ## Run the tests, all but the slow ones
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: setup ## Run every test: kill points, strategies, DeepSpeed
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
 
 check: setup ## Lint, formatting, types, and the order of imports

@@ -114,7 +114,7 @@ def run_bench(config: BenchmarkConfig) -> int:
     config.resolved()  # before torch is loaded, which takes seconds: a mistake is said at once
     from mka.distributed import RankLost
     from mka.experiments import run_benchmark
-    from mka.training import NonFiniteLoss
+    from mka.training import NonFiniteLoss, OutOfMemory
 
     console = plain_console()
 
@@ -125,8 +125,9 @@ def run_bench(config: BenchmarkConfig) -> int:
         folder = run_benchmark(config, console, on_result)
     except NonFiniteLoss as error:
         return complain("mka", error, 1)
-    except RankLost as error:
-        print(f"mka: rank {os.environ.get('RANK')}: {error}; {GO_ON}", file=sys.stderr)
+    except (RankLost, OutOfMemory) as error:  # each rank for itself: no other one knows
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print(f"mka: {rank}{error}{f'; {GO_ON}' if isinstance(error, RankLost) else ''}", file=sys.stderr)
         return 1
     return finish(folder, console) if is_first_rank() else 0
 

@@ -4,6 +4,7 @@ torchrun or deepspeed start the processes; accelerate makes the process group (n
 process started alone is the same with a single rank, and no group.
 """
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,8 +89,10 @@ class Ranks:
             yield
 
     def part(self) -> None:
-        """Leave the group at the end of the job."""
+        """Leave the group at the end of the job. Collective."""
         if self.accelerator is not None and self.count > 1:
+            gc.collect()  # what still holds the group's threads would abort the process at its exit
+            self.accelerator.wait_for_everyone()
             self.accelerator.state.destroy_process_group()
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
@@ -103,7 +106,7 @@ class Ranks:
                     raise InputError(f"the ranks differ: {name} is {values}; start all with the same command")
 
 
-def start_ranks(timeout: float) -> Ranks:
+def start_ranks(timeout: float = 1800) -> Ranks:
     """Join the processes of this launch. A collective that takes longer than `timeout` seconds is an error.
 
     Raises RankLost if the others cannot be reached.

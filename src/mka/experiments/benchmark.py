@@ -3,6 +3,7 @@
 corpus -> tokens -> same batches in the same order -> model with one mechanism -> held-out loss -> results.jsonl
 """
 
+import gc
 import time
 from collections.abc import Callable
 from itertools import product
@@ -20,16 +21,21 @@ from mka.experiments.folder import identity
 from mka.experiments.launch import check_launch
 from mka.experiments.progress import show_progress
 from mka.experiments.tracking import check_tracker, tracked
-from mka.models import build_model, gpt2_config, matched_intermediate_size, mechanisms
+from mka.models import build_model, checkpoint_blocks, gpt2_config, matched_intermediate_size, mechanisms
 from mka.results import Result, append_result, write_curve
 from mka.training import (
     Checkpoints,
     NonFiniteLoss,
+    OutOfMemory,
     Peak,
     PeakMemory,
+    StepMemory,
     TrainingPlan,
     TrainingRun,
+    activation_bytes,
+    advice,
     deepspeed_settings,
+    is_out_of_memory,
     keep_freed_memory,
     train,
 )
@@ -80,6 +86,12 @@ def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
         run = train_model(comparison, model, kind, seed, checkpoints)
     except NonFiniteLoss as error:
         raise NonFiniteLoss(f"{kind}, seed {seed}: {error}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        del model
+        what_to_do = out_of_memory(comparison, kind, seed, error)
+        raise OutOfMemory(f"{kind}, seed {seed}: {what_to_do}") from None
     started = time.perf_counter()
     held = evaluate(comparison, model)
     eval_seconds = time.perf_counter() - started
@@ -128,7 +140,7 @@ def make_model(comparison: Comparison, kind: str, seed: int) -> nn.Module:
         gpt2.n_inner = matched_intermediate_size(kind, gpt2, **options)
     model = build_model(kind, gpt2, seed, **options)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_blocks(model)
     return model
 
 
@@ -175,6 +187,18 @@ def train_model(
             checkpoints=checkpoints,
             say=console.print,
         )
+
+
+def out_of_memory(comparison: Comparison, kind: str, seed: int, error: BaseException) -> str:
+    """The advice for a training that did not fit, from a model made anew and one row of it."""
+    error.__traceback__ = None  # its frames hold what did not fit
+    gc.collect()
+    model = make_model(comparison, kind, seed)
+    row = activation_bytes(model, comparison.config.sequence_length, comparison.precision.autocast())
+    rows = comparison.global_batch_size // comparison.ranks.count // comparison.accumulation
+    strategy = comparison.environment["launch"]["strategy"].removeprefix("deepspeed ")
+    memory = StepMemory.of(model, row, rows, strategy, comparison.ranks.count)
+    return advice(error, memory, rows, comparison.accumulation)
 
 
 def evaluate(comparison: Comparison, model: nn.Module, max_tokens: int | None = None) -> HeldOutLoss:

@@ -1,11 +1,19 @@
 """Hugging Face backbones with their attention replaced."""
 
-from mka.models.gpt2 import AttentionAdapter, build_model, gpt2_config, matched_intermediate_size, mechanisms
+from mka.models.gpt2 import (
+    AttentionAdapter,
+    build_model,
+    checkpoint_blocks,
+    gpt2_config,
+    matched_intermediate_size,
+    mechanisms,
+)
 from mka.models.loss import next_token_loss
 
 __all__ = [
     "AttentionAdapter",
     "build_model",
+    "checkpoint_blocks",
     "gpt2_config",
     "matched_intermediate_size",
     "mechanisms",

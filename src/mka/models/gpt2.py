@@ -96,6 +96,13 @@ def build_model(attention_type: str, config: GPT2Config, seed: int = 0, **option
     return model
 
 
+def checkpoint_blocks(model: GPT2LMHeadModel) -> None:
+    """Keep only each block's input for the backward pass, and compute the rest again."""
+    newer = hasattr(model, "activation_checkpointing_enable")  # transformers 5.20 has only the older name
+    enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def mechanisms(model: nn.Module) -> list[CausalAttention]:
     """The mechanisms of a model, first layer first."""
     return [module for module in model.modules() if isinstance(module, CausalAttention)]

@@ -1,6 +1,7 @@
 """One training loop on any number of ranks, its precision, its checkpoints and its memory meter."""
 
 from mka.training.checkpoint import Checkpoint, Checkpoints
+from mka.training.costs import OutOfMemory, StepMemory, activation_bytes, advice, is_out_of_memory
 from mka.training.deepspeed_config import deepspeed_settings
 from mka.training.interruption import Interrupted
 from mka.training.loop import TrainingPlan, TrainingRun, train
@@ -13,14 +14,19 @@ __all__ = [
     "Checkpoints",
     "Interrupted",
     "NonFiniteLoss",
+    "OutOfMemory",
     "Peak",
     "PeakMemory",
     "Precision",
+    "StepMemory",
     "TrainingPlan",
     "TrainingRun",
+    "activation_bytes",
+    "advice",
     "choose_precision",
     "deepspeed_settings",
     "has_bfloat16",
+    "is_out_of_memory",
     "keep_freed_memory",
     "train",
 ]

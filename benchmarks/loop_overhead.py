@@ -1,0 +1,95 @@
+"""What the training loop costs: tokens per second against a bare loop with the same model, optimiser and batches.
+
+    python benchmarks/loop_overhead.py
+
+The quick preset's mha, float32 weights under the machine's default precision. Both loops take turns in one process,
+`--steps` steps a turn; the figure is the median of the ratios. One line of JSON last.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import tyro
+from torch import nn
+from torch.optim import AdamW
+
+from mka.config import PRESETS
+from mka.data import BlockBatches, load_corpus, prepare_tokens
+from mka.distributed import start_ranks
+from mka.models import build_model, gpt2_config
+from mka.training import TrainingPlan, choose_precision, keep_freed_memory, train
+
+QUICK = PRESETS["quick"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How long to measure."""
+
+    turns: int = 9
+    steps: int = 4
+    """Steps of one loop in a turn."""
+
+
+def bare_loop(model: nn.Module, batches: BlockBatches, steps: int, autocast: torch.autocast) -> None:
+    """What one would write by hand."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = AdamW(groups, lr=QUICK.learning_rate, betas=(0.9, 0.95), fused=True)
+    model.train()
+    for step in range(steps):
+        rows = batches.at(step)
+        with autocast:
+            logits = model(rows[:, :-1]).logits
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+
+def main(options: Options) -> None:
+    keep_freed_memory()
+    ranks = start_ranks()
+    precision = choose_precision(ranks.device)
+    corpus = prepare_tokens(load_corpus("stdlib"), QUICK.tokenizer, QUICK.vocab_size)
+    batches = BlockBatches(corpus.splits["train"].ids, QUICK.sequence_length, QUICK.batch_size, seed=0)
+    config = gpt2_config(
+        hidden_size=QUICK.hidden_size,
+        num_hidden_layers=QUICK.num_hidden_layers,
+        num_attention_heads=QUICK.num_attention_heads,
+        vocab_size=corpus.tokenizer.vocab_size,
+        max_position_embeddings=QUICK.sequence_length,
+    )
+    plan = TrainingPlan(
+        batch_at=batches.at,
+        rows_per_step=QUICK.batch_size,
+        tokens_per_step=QUICK.batch_size * QUICK.sequence_length,
+        steps=options.steps,
+        accumulation=1,
+        learning_rate=QUICK.learning_rate,
+        precision=precision,
+        ranks=ranks,
+    )
+    ours, bare = (build_model("mha", config) for _ in range(2))
+    seconds: dict[str, list[float]] = {"train": [], "bare": []}
+    for turn in range(options.turns + 1):
+        run = train(ours, plan, look=lambda: 0.0)
+        started = time.perf_counter()
+        bare_loop(bare, batches, options.steps, precision.autocast())
+        if turn:
+            seconds["train"].append(run.seconds)
+            seconds["bare"].append(time.perf_counter() - started)
+    ratio = median(b / t for t, b in zip(seconds["train"], seconds["bare"], strict=True))
+    rate = {name: options.steps * plan.tokens_per_step / median(taken) for name, taken in seconds.items()}
+    print(f"train {rate['train']:,.0f} tokens/s, a bare loop {rate['bare']:,.0f}: {ratio:.3f} of it")
+    print(json.dumps({"ratio": ratio, "tokens_per_second": rate, "threads": torch.get_num_threads()}))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, use_underscores=True))

@@ -1,0 +1,105 @@
+"""Train a small FastMKA language model on every GPU of this machine, or on its processor cores.
+
+python examples/distributed_fmka_example.py
+python examples/distributed_fmka_example.py --num_ranks 2 --strategy fsdp
+
+It starts its own ranks through torchrun; a rank takes its share of every batch, and only the first one speaks.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from torch.distributed.run import main as torchrun
+
+from mka.data import BlockBatches, evaluation_batches, load_corpus, prepare_tokens
+from mka.distributed import Ranks, start_ranks
+from mka.evaluation import held_out_loss
+from mka.models import build_model, gpt2_config
+from mka.training import TrainingPlan, TrainingRun, choose_precision, keep_freed_memory, train
+
+SEQUENCE_LENGTH, GLOBAL_BATCH_SIZE = 256, 16
+MOST_RANKS = 4
+"""On a CPU; each of them has its own copy of Python and torch in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Train a small FastMKA model on several ranks."""
+
+    max_steps: int = 40
+    """Optimiser steps of 16 x 256 tokens, over all ranks."""
+    num_ranks: int | None = None
+    """1, 2, 4, 8 or 16. Default: one for each GPU; without one, for each core, 4 at most."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Each rank holds the whole model (ddp), or its share of it (fsdp)."""
+
+
+def main(example: Example) -> None:
+    """Started by hand, this becomes torchrun; started by torchrun, it trains."""
+    if "RANK" in os.environ:
+        train_on(start_ranks(), example)
+        return
+    ranks = example.num_ranks or largest_divisor(torch.cuda.device_count() or min(MOST_RANKS, os.cpu_count() or 1))
+    if GLOBAL_BATCH_SIZE % ranks:
+        sys.exit(f"num_ranks is {ranks}; it must divide the batch of {GLOBAL_BATCH_SIZE} rows")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    torchrun(["--standalone", f"--nproc_per_node={ranks}", __file__, *sys.argv[1:]])
+
+
+def largest_divisor(limit: int) -> int:
+    return max(ranks for ranks in range(1, limit + 1) if GLOBAL_BATCH_SIZE % ranks == 0)
+
+
+def train_on(ranks: Ranks, example: Example) -> None:
+    keep_freed_memory()
+    with ranks.first_of_machine_first():
+        corpus = prepare_tokens(load_corpus("stdlib"), "bpe", vocab_size=8192)
+    config = gpt2_config(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        vocab_size=corpus.tokenizer.vocab_size,
+        max_position_embeddings=SEQUENCE_LENGTH,
+        eos_token_id=corpus.tokenizer.eos_id,
+    )
+    model = build_model("fmka", config, local_window=64, num_kv_heads=2)
+    batches = BlockBatches(corpus.splits["train"].ids, SEQUENCE_LENGTH, GLOBAL_BATCH_SIZE, seed=0)
+    precision = choose_precision(ranks.device)
+
+    def say(text: str) -> None:
+        if ranks.is_main:
+            print(text, flush=True)
+
+    def look() -> float:
+        scored = evaluation_batches(corpus.splits["validation"], SEQUENCE_LENGTH, batch_size=8, max_tokens=16384)
+        held = held_out_loss(model, scored, ranks.device, precision.autocast(), ranks)
+        say(f"held out: {held.perplexity:8.1f} perplexity per token, {held.bits_per_byte:.3f} bits per byte")
+        return held.loss
+
+    def progress(run: TrainingRun) -> None:
+        if len(run.losses) % 10 == 0:
+            rate = run.tokens / run.seconds
+            say(f"step {len(run.losses)}/{example.max_steps}, loss {run.losses[-1]:.3f}, {rate:,.0f} tokens/s")
+
+    plan = TrainingPlan(
+        batch_at=batches.at,
+        rows_per_step=GLOBAL_BATCH_SIZE,
+        tokens_per_step=GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH,
+        steps=example.max_steps,
+        accumulation=1,
+        learning_rate=2e-3,
+        precision=precision,
+        ranks=ranks,
+        strategy=example.strategy,
+    )
+    say(f"{ranks.count} rank(s) on {ranks.device.type}, {example.strategy}, {precision.name}")
+    train(model, plan, look, progress)
+    ranks.part()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Example, use_underscores=True))
