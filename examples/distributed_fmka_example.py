@@ -36,6 +36,8 @@ class Example:
     """1, 2, 4, 8 or 16. Default: one for each GPU; without one, for each core, 4 at most."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Each rank holds the whole model (ddp), or its share of it (fsdp)."""
+    text_path: tuple[str, ...] = ()
+    """Files or folders of your own to train on. Default: Python's standard library."""
 
 
 def main(example: Example) -> None:
@@ -57,7 +59,8 @@ def largest_divisor(limit: int) -> int:
 def train_on(ranks: Ranks, example: Example) -> None:
     keep_freed_memory()
     with ranks.first_of_machine_first():
-        corpus = prepare_tokens(load_corpus("stdlib"), "bpe", vocab_size=8192)
+        text = load_corpus("text", example.text_path) if example.text_path else load_corpus("stdlib")
+        corpus = prepare_tokens(text, "bpe", vocab_size=8192)
     config = gpt2_config(
         hidden_size=256,
         num_hidden_layers=4,

@@ -11,6 +11,7 @@ import tyro
 from torch import nn
 
 from mka.data import BlockBatches, TextTokenizer, evaluation_batches, load_corpus, prepare_tokens
+from mka.distributed import start_ranks
 from mka.evaluation import HeldOutLoss, held_out_loss
 from mka.models import build_model, gpt2_config, mechanisms
 from mka.training import TrainingPlan, TrainingRun, choose_precision, keep_freed_memory, train
@@ -36,7 +37,8 @@ SEQUENCE_LENGTH, BATCH_SIZE = 256, 8
 def main(example: Example) -> None:
     keep_freed_memory()
     torch.manual_seed(example.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = start_ranks(timeout=600)  # one, on the GPU if there is one
+    device = ranks.device
     corpus = prepare_tokens(load_corpus("stdlib"), "bpe", vocab_size=8192)
     model = make_model(corpus.tokenizer, example.seed).to(device)
     size = sum(p.numel() for p in model.parameters())
@@ -61,12 +63,13 @@ def main(example: Example) -> None:
 
     plan = TrainingPlan(
         batch_at=batches.at,
+        rows_per_step=BATCH_SIZE,
         tokens_per_step=BATCH_SIZE * SEQUENCE_LENGTH,
         steps=example.max_steps,
         accumulation=1,
         learning_rate=3e-3,
         precision=precision,
-        device=device,
+        ranks=ranks,
     )
     train(model, plan, look, progress)
     print("-" * 80 + "\n" + sample(model, corpus.tokenizer, example.prompt, example.num_tokens, device))

@@ -6,6 +6,7 @@ process started alone is the same with a single rank, and no group.
 
 import gc
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,9 +112,23 @@ def start_ranks(timeout: float = 1800) -> Ranks:
 
     Raises RankLost if the others cannot be reached.
     """
+    share_the_cores()
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
     with lost_ranks_said("while the ranks were joining"):
         return Ranks(Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[group]))
+
+
+def share_the_cores() -> None:
+    """Where the launcher has not done it, give each of this machine's ranks its part of the processor."""
+    local = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+    )
+    if "RANK" in os.environ:
+        os.environ["LOCAL_WORLD_SIZE"] = str(local)
+        if "OMP_NUM_THREADS" not in os.environ:
+            threads = max(1, (os.cpu_count() or 1) // local)
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+            torch.set_num_threads(threads)
 
 
 @contextmanager

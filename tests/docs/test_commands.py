@@ -61,6 +61,18 @@ ORIGINAL: dict[str, dict[str, Any]] = {
     },
 }
 """The commands and what they must come to."""
+LAUNCHES = (
+    "torchrun --nproc_per_node=2 src/experiments/benchmark.py",
+    "torchrun --nproc_per_node=2 src/experiments/benchmark.py --attention_type mka --fp16",
+    "torchrun --nproc_per_node=2 src/experiments/benchmark.py --gradient_accumulation_steps 4",
+    "torchrun --nproc_per_node=2 src/experiments/benchmark.py "
+    "--attention_type gqa --num_groups 8 --batch_size 16 --epochs 5",
+    "torchrun --nproc_per_node=8 src/experiments/benchmark.py --attention_type fmka --fp16",
+    "deepspeed src/experiments/benchmark.py --deepspeed",
+    "deepspeed src/experiments/benchmark.py --deepspeed --deepspeed_config ds_config.json",
+    "python examples/distributed_fmka_example.py",
+)
+"""The original's launches, with 2 where it writes N; docs/training.md has them, tests/distributed starts them."""
 
 
 @pytest.mark.parametrize("through", ["benchmark.py", "mka bench"])
@@ -111,7 +123,7 @@ def test_an_original_command_runs(
 
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.is_file()]
 BLOCK = re.compile(r"^( *)```(?:bash|sh|shell|console)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-OURS = ("mka", "python src/experiments/benchmark.py")
+OURS = ("mka", "python src/experiments/benchmark.py", "torchrun ", "deepspeed ")
 SCRIPTS = ("python examples/", "python benchmarks/")
 
 
@@ -168,6 +180,12 @@ def test_the_readme_has_commands() -> None:
         assert command in [line.partition("#")[0].strip() for line in commands(text)], f"the README lacks: {command}"
 
 
+@pytest.mark.parametrize("command", LAUNCHES)
+def test_the_original_launches_are_written_down(command: str) -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert command in [" ".join(line.partition("#")[0].split()) for line in commands(page)]
+
+
 @pytest.mark.parametrize("command", WRITTEN)
 def test_a_written_command_is_right(command: str) -> None:
     check(shlex.split(command, comments=True))
@@ -176,15 +194,18 @@ def test_a_written_command_is_right(command: str) -> None:
 def check(words: list[str]) -> None:
     """Raises what the parser raises, or fails if there is no such file or goal."""
     if words[0] == "make":
-        goals = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        goals = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert words[1] in goals
         options = [word.partition("=")[2] for word in words if word.startswith("ARGS=")]
         if options and words[1] == "bench":
             understand(BenchmarkConfig, shlex.split(options[0]))
     elif words[0] == "mka":
         understand(cli.Command, words[1:])
-    elif words[1] == "src/experiments/benchmark.py":
-        understand(BenchmarkConfig, words[2:])
+    elif "src/experiments/benchmark.py" in words:
+        options = words[words.index("src/experiments/benchmark.py") + 1 :]
+        understand(BenchmarkConfig, options)
+        files = [word for word in options if word.endswith(".json")]
+        assert all((ROOT / file).is_file() for file in files), f"no such file: {files}"
     else:
         assert (ROOT / words[1]).is_file()
 
@@ -207,6 +228,8 @@ def understand(form: Any, arguments: list[str]) -> None:
         "python examples/nowhere.py",
         "make coffee",
         'make bench ARGS="--epoch 3"',
+        "torchrun --nproc_per_node=2 src/experiments/benchmark.py --strategy zero",
+        "deepspeed src/experiments/benchmark.py --deepspeed --deepspeed_config nowhere.json",
     ],
 )
 def test_a_wrong_command_would_be_seen(command: str) -> None:

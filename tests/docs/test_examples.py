@@ -12,11 +12,13 @@ from tiny_runs import BENCHMARK_SCRIPT, write_small_stdlib
 EXAMPLES = sorted((BENCHMARK_SCRIPT.parent.parent.parent / "examples").glob("*.py"))
 ARGUMENTS = {
     "attention_in_your_model.py": (),
+    "distributed_fmka_example.py": ("--max_steps", "2", "--num_ranks", "2", "--text_path", "TEXT"),
     "fmka_example.py": ("--max_steps", "2", "--num_tokens", "5", "--prompt", "def attend("),
 }
-"""What makes an example short; each must be named."""
+"""What makes an example short; each must be named. TEXT stands for a folder with some."""
 PRINTED = {
     "attention_in_your_model.py": "fmka",
+    "distributed_fmka_example.py": "2 rank(s) on cpu, ddp",
     "fmka_example.py": "def attend(",
 }
 START = """
@@ -41,8 +43,9 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     stdlib.mkdir()
     command = [sys.executable, "-W", "error", "-c", START, str(write_small_stdlib(stdlib)), str(example)]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    arguments = [str(stdlib) if word == "TEXT" else word for word in ARGUMENTS[example.name]]
     done = subprocess.run(
-        [*command, *ARGUMENTS[example.name]],
+        [*command, *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -4,6 +4,7 @@ DeepSpeed is imported here alone, when it is asked for. Its own checkpoints are 
 through its accessors of whole parameters, so that a checkpoint fits every strategy and every number of ranks.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -53,6 +54,7 @@ class DeepSpeedEngine:
             "gradient_clipping": MAX_GRAD_NORM,
             "zero_allow_untested_optimizer": True,
         }
+        warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
         self.model, self.precision, self.ranks = model, precision, ranks
         self.engine: Any
         self.optimizer: Any  # ZeRO's, around the AdamW in its attribute `optimizer`

@@ -4,6 +4,7 @@ Every rank takes its own rows in equal parts and the gradients are averaged over
 give the same step however they are spread. DeepSpeed's engine, under the same interface, is in deepspeed_engine.py.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -129,6 +130,8 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
 def fully_sharded(model: Any, precision: Precision) -> nn.Module:
     """FSDP2, a unit for each block. Under mixed precision the MLPs, whose weights autocast would cast anyway, are
     gathered in low precision; norms, decays, routers and embeddings stay in float32, and so does every reduction."""
+    # The MLP's output is a view; GPT-2 adds it to the stream out of place, as the warning asks.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w+\) returned a view tensor", UserWarning)
     float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in model.transformer.h:
         if precision.name != "float32":
