@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_runs import BENCHMARK_SCRIPT, write_small_stdlib
+from tiny_runs import BENCHMARK_SCRIPT, write_corpus, write_small_stdlib
 
 EXAMPLES = sorted((BENCHMARK_SCRIPT.parent.parent.parent / "examples").glob("*.py"))
 ARGUMENTS = {
@@ -15,7 +15,7 @@ ARGUMENTS = {
     "distributed_fmka_example.py": ("--max_steps", "2", "--num_ranks", "2", "--text_path", "TEXT"),
     "fmka_example.py": ("--max_steps", "2", "--num_tokens", "5", "--prompt", "def attend("),
 }
-"""What makes an example short; each must be named. TEXT stands for a folder with some."""
+"""What makes an example short; each must be named. TEXT stands for a file with some."""
 PRINTED = {
     "attention_in_your_model.py": "fmka",
     "distributed_fmka_example.py": "2 rank(s) on cpu, ddp",
@@ -43,7 +43,9 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     stdlib.mkdir()
     command = [sys.executable, "-W", "error", "-c", START, str(write_small_stdlib(stdlib)), str(example)]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    arguments = [str(stdlib) if word == "TEXT" else word for word in ARGUMENTS[example.name]]
+    arguments = [
+        str(write_corpus(tmp_path / "text", 60_000)) if word == "TEXT" else word for word in ARGUMENTS[example.name]
+    ]
     done = subprocess.run(
         [*command, *arguments],
         capture_output=True,
@@ -54,7 +56,7 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert PRINTED[example.name] in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} <= {"stdlib", "cache"}, "an example leaves no files about"
+    assert {path.name for path in tmp_path.iterdir()} <= {"stdlib", "cache", "text"}, "an example leaves no files about"
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
