@@ -34,6 +34,13 @@ def write_atomically(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed calls of `write_atomically` have left below a folder that only this process writes to."""
+    for path in folder.rglob(".*"):
+        if path.suffix[1:].isdecimal() and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 

@@ -63,6 +63,8 @@ def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[
         for seed, kind in product(config.seeds, config.mechanisms):
             if (kind, seed) in comparison.finished:
                 console.print(f"✅ {kind.upper()} with seed {seed} is already in {comparison.folder}/results.jsonl")
+                if ranks.is_main:  # left by a run that was killed just before it would have done this
+                    checkpoints_of(comparison, kind, seed).clear()
                 continue
             result = run_one(comparison, kind, seed)
             if ranks.is_main:

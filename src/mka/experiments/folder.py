@@ -9,7 +9,7 @@ from typing import Any
 
 from mka.config import PRESETS, InputError, ResolvedConfig
 from mka.results import read_results, results_path
-from mka.storage import write_json
+from mka.storage import sweep, write_json
 
 NOT_IDENTITY = (
     *("attention_type", "seeds", "output_dir", "resume", "fp16", "bf16"),
@@ -72,6 +72,7 @@ def open_folder(folder: Path, description: dict[str, Any], environment: dict[str
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output_dir is {str(folder)!r}, which cannot be made: {error.strerror}") from None
+    sweep(folder)
     write_json(folder / "config.json", description)
     write_json(folder / "environment.json", environment)
     return finished
