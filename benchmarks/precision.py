@@ -8,6 +8,7 @@ Same model, batches and steps; autocast alone differs. One line of JSON last.
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import tyro
 
@@ -46,7 +47,7 @@ def main(options: Options) -> None:
     skipped: dict[str, int] = {}
     for name in ("float32", "bfloat16", "float16"):
         precision = Precision(name, ranks.device.type)
-        mechanism = attention_options(options.attention_type, BenchmarkConfig())
+        mechanism: dict[str, Any] = attention_options(options.attention_type, BenchmarkConfig())
         model = build_model(options.attention_type, config, **mechanism)
         plan = TrainingPlan(
             batch_at=batches.at,

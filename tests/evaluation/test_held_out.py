@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 import checks_training as tiny
 from checks import TOLERANCE, close
+from checks_ranks import assert_ranks_score_every_token_once, models_of
 from mka.data import evaluation_batches
+from mka.distributed import Ranks
 from mka.evaluation import HeldOutLoss, held_out_loss
-from mka.experiments import benchmark
 from mka.models import next_token_loss
+from thread_ranks import all_returned, on_ranks
 
 
 @pytest.mark.parametrize("num_tokens", [tiny.LENGTH + 1, 2 * tiny.LENGTH, 150])
@@ -33,6 +35,30 @@ def test_the_batch_size_does_not_matter(batch_size: int) -> None:
     assert (found.tokens, found.num_bytes) == (one.tokens, one.num_bytes)
     assert found.tokens == 9 * tiny.LENGTH
     assert found.loss == pytest.approx(one.loss, rel=TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 50])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_number_of_ranks_does_not_matter(count: int, batch_size: int) -> None:
+    assert_ranks_score_every_token_once(held_out_loss, count, batch_size)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(2, 4), (3, 2), (5, 50)])
+def test_every_rank_makes_the_same_number_of_passes(count: int, batch_size: int) -> None:
+    """A model in shares needs all ranks in each of them."""
+
+    models = models_of(count)
+
+    def work(ranks: Ranks) -> int:
+        passes, model = [], models[ranks.rank]
+        model.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape))
+        held_out_loss(
+            model, evaluation_batches(tiny.held_out_split(150), tiny.LENGTH, batch_size), tiny.CPU, None, ranks
+        )
+        return len(passes)
+
+    batches = -(-9 // batch_size)
+    assert all_returned(on_ranks(count, work)) == [-(-batches // count)] * count
 
 
 def test_units() -> None:
@@ -62,8 +88,7 @@ def test_the_benchmark_evaluates_on_the_validation_split(max_tokens: int | None)
 
 
 def test_the_benchmark_trains_on_the_train_split() -> None:
-    comparison = tiny.comparison()
-    batches = benchmark.batches(comparison.config, comparison.corpus, seed=0)
+    batches = tiny.comparison().batches(seed=0)
     seen = {token for step in range(20) for token in batches.at(step).unique().tolist()}
     assert seen <= set(tiny.SPLITS["train"])
 

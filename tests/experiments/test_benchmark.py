@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from checks import TOLERANCE
 from mka.config import ATTENTION_TITLES
 from mka.data import load_corpus, prepare_tokens
 from mka.results import CurvePoint, Result, read_curve, read_results
@@ -48,7 +50,9 @@ def test_the_folder_holds_everything(six: Place) -> None:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     figures = {f"figures/{name}.svg" for name in ("loss_tokens", "loss_time", "perplexity_cache")}
     curves = {f"curves/{kind}-seed0.jsonl" for kind in ATTENTION_TITLES}
-    assert names == {"config.json", "environment.json", "results.jsonl", "table.md"} | figures | curves
+    models = {f"models/{kind}-seed0.safetensors" for kind in ATTENTION_TITLES}
+    assert names == {"config.json", "environment.json", "results.jsonl", "table.md"} | figures | curves | models
+    assert not (folder / "checkpoints").exists(), "a training that has its result needs none"
 
 
 def test_rows_have_the_schema_and_make_sense(six: Place) -> None:
@@ -79,6 +83,7 @@ def test_the_folder_says_what_it_is_about(six: Place) -> None:
     config = json.loads((six.folder / "run" / "config.json").read_text(encoding="utf-8"))
     assert config["model"]["hidden_size"] == TINY.hidden_size
     assert config["max_steps"] == TINY.max_steps
+    assert config["global_batch_size"] == TINY.batch_size
     assert config["learning_rate"] == TINY.learning_rate
     assert config["data"]["corpus_fingerprint"] == load_corpus("text", [str(six.corpus)]).fingerprint
     assert not {"seeds", "attention_type", "output_dir"} & set(config)
@@ -195,6 +200,29 @@ def test_precision_is_printed_and_recorded(place: Place, flag: str, precision: s
     assert math.isfinite(row["eval_loss"])
     machine = next(line for line in ended.out.splitlines() if line.startswith("Machine"))
     assert machine.endswith(f", {precision}")
+
+
+def test_steps_that_float16_skipped_are_shown(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two of three: the scale is far too large, and is halved in each."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-25)
+    monkeypatch.setattr("mka.training.Precision.scaler", lambda precision: scaler)
+    ended = place.bench("--attention_type", "gqa", "--fp16")
+    assert ended.status == 0
+    assert "  Skipped Steps: 2\n" in ended.out
+    [row] = place.rows()
+    assert row["skipped_steps"] == 2
+    assert "skipped steps" in (place.folder / "run" / "table.md").read_text(encoding="utf-8")
+
+
+def test_activations_computed_twice_give_the_same_losses(six: Place) -> None:
+    words = ("--attention_type", "mha", "fmka", "--gradient_checkpointing")
+    ended = six.bench(*words, output="twice")
+    assert (ended.status, ended.err) == (0, "")
+    for row in six.rows("twice"):
+        assert row["environment"]["launch"]["gradient_checkpointing"]
+        kept = next(kept for kept in six.rows() if kept["attention_type"] == row["attention_type"])
+        assert row["config"] == kept["config"], "how it is carried out is not what a row means"
+        assert row["train_loss"] == pytest.approx(kept["train_loss"], rel=TOLERANCE[torch.float32])
 
 
 def test_without_a_flag_the_choice_is_the_processors(six: Place, monkeypatch: pytest.MonkeyPatch) -> None:

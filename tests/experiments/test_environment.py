@@ -30,10 +30,20 @@ def test_the_record() -> None:
     assert json.loads(json.dumps(record)) == record
 
 
+LAUNCH = {
+    "started_by": "python",
+    "world_size": 1,
+    "machines": 1,
+    "strategy": "one process",
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+}
+
+
 def test_every_row_and_the_folder_have_it(place: Place) -> None:
     assert place.bench("--attention_type", "mha", "mka", "--max_steps", 1).status == 0
     held = json.loads((place.folder / "run" / "environment.json").read_text(encoding="utf-8"))
-    assert held == describe_environment(torch.device("cpu"), held["precision"])
+    assert held == describe_environment(torch.device("cpu"), held["precision"]) | {"launch": LAUNCH}
     assert [row["environment"] for row in place.rows()] == [held, held]
 
 

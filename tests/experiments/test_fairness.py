@@ -11,7 +11,7 @@ from mka.config import ATTENTION_TITLES
 from mka.data import BlockBatches, TokenizedCorpus, load_corpus, prepare_tokens
 from mka.evaluation import perplexity
 from mka.experiments import benchmark
-from mka.training import loop
+from mka.training import engine
 from tiny_runs import TINY, Place
 
 
@@ -32,7 +32,7 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     """Filled with one entry a model, in the order in which they ran."""
     models: list[Seen] = []
-    loss, step, score = loop.next_token_loss, loop.step_optimizer, benchmark.held_out_loss
+    loss, step, score = engine.next_token_loss, engine.TorchEngine.step, benchmark.held_out_loss
 
     def of(model: nn.Module) -> Seen:
         if not models or models[-1].model is not model:
@@ -43,9 +43,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
         of(model).steps[-1].append(blocks.clone())
         return loss(model, blocks, **options)
 
-    def optimiser_step(model: nn.Module, *rest: Any) -> None:
-        of(model).steps.append([])
-        step(model, *rest)
+    def optimiser_step(trainer: engine.TorchEngine, learning_rate: float) -> bool:
+        of(trainer.model).steps.append([])
+        return step(trainer, learning_rate)
 
     def look(model: nn.Module, *rest: Any) -> Any:
         of(model).looks.append([])
@@ -56,8 +56,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
         of(model).looks[-1].append((blocks.clone(), losses.double().sum().item()))
         return losses
 
-    monkeypatch.setattr(loop, "next_token_loss", training_loss)
-    monkeypatch.setattr(loop, "step_optimizer", optimiser_step)
+    monkeypatch.setattr(engine, "next_token_loss", training_loss)
+    monkeypatch.setattr(engine.TorchEngine, "step", optimiser_step)
     monkeypatch.setattr(benchmark, "held_out_loss", look)
     monkeypatch.setattr(perplexity, "next_token_loss", scored_loss)
     return models
@@ -123,6 +123,18 @@ def test_an_optimiser_step_takes_batch_size_times_accumulation(place: Place, see
     [row], [same] = place.rows("parts"), place.rows("whole")
     assert row["train_tokens"] == same["train_tokens"] == TINY.max_steps * 6 * TINY.sequence_length
     assert row["eval_loss"] == pytest.approx(same["eval_loss"], rel=1e-2)
+
+
+def test_an_epoch_shows_every_block_of_the_train_split(place: Place, seen: list[Seen]) -> None:
+    """Also those of a last step that the epoch does not fill: it goes on with the next epoch's first blocks."""
+    blocks = blocks_of(place, "train")
+    rows = next(rows for rows in range(40, 80) if len(blocks) % rows)
+    assert place.bench("--attention_type", "mqa", "--batch_size", rows, "--epochs", 1).status == 0
+    [model] = seen
+    shown = as_tuples(model.trained_on)
+    assert sorted(set(shown)) == sorted(set(blocks))
+    assert len(shown) == rows * -(-len(blocks) // rows)
+    assert sorted(shown[: len(blocks)]) == sorted(blocks), "once each, before any comes again"
 
 
 def test_only_the_validation_split_is_evaluated(place: Place, seen: list[Seen]) -> None:

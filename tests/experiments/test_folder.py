@@ -9,7 +9,7 @@ import pytest
 
 from mka.config import BenchmarkConfig, InputError
 from mka.experiments import benchmark
-from mka.experiments.folder import choose_folder, describe, open_folder, short
+from mka.experiments.folder import agree_with_folder, choose_folder, describe, open_folder, short
 from mka.results import read_results
 from tiny_runs import TINY, Place, fingerprint, write_corpus
 
@@ -95,7 +95,8 @@ def test_more_mechanisms_and_seeds_are_added(copied: Place) -> None:
         (["--learning_rate", 1e-4], "learning_rate is 0.003 there and 0.0001 here"),
         (["--max_steps", 4], "max_steps is 3 there and 4 here"),
         (["--epochs", 1], "epochs is null there and 1 here"),
-        (["--batch_size", 3], "batch_size is 2 there and 3 here"),
+        (["--batch_size", 3], "global_batch_size is 2 there and 3 here"),
+        (["--gradient_accumulation_steps", 2], "global_batch_size is 2 there and 4 here"),
         (["--top_k", 1], "top_k is 4 there and 1 here"),
         (["--fp16"], 'precision is "'),
         (["--match", "parameters"], 'match is "none" there and "parameters" here'),
@@ -201,6 +202,11 @@ def description(**changes: Any) -> dict[str, Any]:
     return describe(config, {"corpus_fingerprint": "ab"}, "float32")
 
 
+def described(num_ranks: int, batch_size: int = 2) -> dict[str, Any]:
+    config = BenchmarkConfig(preset="quick", dataset="stdlib", batch_size=batch_size).resolved()
+    return describe(config, {"corpus_fingerprint": "ab"}, "float32", num_ranks)
+
+
 def chosen(precision: str = "float32", **changes: Any) -> Path:
     config = BenchmarkConfig(preset="tiny", dataset="text", text_path=("a.txt",), **changes).resolved()
     return choose_folder(config, describe(config, {"corpus_fingerprint": "ab"}, precision))
@@ -250,8 +256,28 @@ def test_open_folder_tells_what_is_finished(finished: Path, tmp_path: Path) -> N
     copy = shutil.copytree(finished, tmp_path / "copy")
     assert open_folder(copy, held, {"changed": 1}) == {("mha", 0), ("mqa", 0), ("gqa", 0)}
     assert json.loads((copy / "environment.json").read_text()) == {"changed": 1}
+
+
+def test_agreeing_with_a_folder_writes_nothing(finished: Path, tmp_path: Path) -> None:
+    held = json.loads((finished / "config.json").read_text(encoding="utf-8"))
+    before = fingerprint(finished)
+    assert agree_with_folder(finished, held) == agree_with_folder(finished, held, resume=True) == held
+    assert agree_with_folder(tmp_path / "new", held) == held
     with pytest.raises(InputError, match=r"surprise is null there and 1 here"):
-        open_folder(copy, held | {"surprise": 1}, {})
+        agree_with_folder(finished, held | {"surprise": 1})
+    assert fingerprint(finished) == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("started", "now"), [(1, 2), (4, 1), (2, 8)])
+def test_another_number_of_ranks_keeps_the_global_batch(tmp_path: Path, started: int, now: int) -> None:
+    """The same command on more or fewer ranks is the same run; another --batch_size is not."""
+    first, again = described(started), described(now)
+    open_folder(tmp_path / "run", first, {})
+    assert first["global_batch_size"] == 2 * started
+    assert agree_with_folder(tmp_path / "run", again) == first
+    with pytest.raises(InputError, match=rf"global_batch_size is {2 * started} there and {16 * now} here"):
+        agree_with_folder(tmp_path / "run", described(now, batch_size=16))
 
 
 def test_long_values_are_cut_short() -> None:

@@ -1,14 +1,16 @@
 """Planted in the measurement: the original's padded loss, evaluation on train, and memory never reset."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import checks_training
-from mka.config import ResolvedConfig
 from mka.data import TokenizedCorpus, TokenSplit, evaluation_batches
-from mka.experiments import benchmark
+from mka.experiments.comparison import Comparison
 from mka.training import memory
 
 PAD = 0
@@ -55,14 +57,15 @@ def test_padding_is_what_made_the_perplexity_of_a_model_that_knows_nothing_look_
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_evaluation_on_another_split_turns_red(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = benchmark.held_out
+    real = Comparison.held_out
 
-    def held_out(config: ResolvedConfig, corpus: TokenizedCorpus, max_tokens: int | None = None) -> object:
+    def held_out(self: Comparison, max_tokens: int | None = None) -> Any:
+        corpus = self.corpus
         wrong = corpus.splits | {"validation": TokenSplit(corpus.splits[split].ids, corpus.splits[split].token_bytes)}
-        return real(config, TokenizedCorpus(corpus.tokenizer, wrong, "", {}), max_tokens)
+        return real(replace(self, corpus=TokenizedCorpus(corpus.tokenizer, wrong, "", {})), max_tokens)
 
     checks_training.assert_evaluates_on_validation()
-    monkeypatch.setattr(benchmark, "held_out", held_out)
+    monkeypatch.setattr(Comparison, "held_out", held_out)
     with pytest.raises(AssertionError, match=f"evaluation read the {split} split"):
         checks_training.assert_evaluates_on_validation()
 

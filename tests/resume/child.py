@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-WATCHED = (
+WATCHED: tuple[str, ...] = (
     "mka.training.loop.take_step",
     "mka.training.checkpoint.save_file",
     "mka.training.checkpoint.write_json",
@@ -79,12 +79,15 @@ def tell_parent(number: int) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """One command: its arguments, the folder that its output and its token cache lie in, and what befalls it."""
+    """One command: its arguments, the folder that its output and its token cache lie in, and what befalls it.
+
+    `late_rank` takes two seconds longer than the others to come back when torchrun has restarted them."""
 
     home: str
     arguments: tuple[str, ...]
     instant: Instant | None = None
     defect: str = ""
+    late_rank: int = -1
 
     @property
     def counts_path(self) -> Path:
@@ -150,6 +153,12 @@ def armed(instant: Instant | None) -> Instant | None:
     return instant
 
 
+def come_late(job: Job) -> None:
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if restarted and os.environ.get("RANK") == str(job.late_rank):
+        time.sleep(2)
+
+
 def carry_out(job: Job) -> int:
     """Run the command; returns its exit status. The first rank leaves the counts of calls behind."""
     import torch
@@ -159,6 +168,7 @@ def carry_out(job: Job) -> int:
     from resume.defects import plant
     from tiny_runs import TINY
 
+    come_late(job)
     torch.set_num_threads(1)
     os.environ["XDG_CACHE_HOME"] = str(Path(job.home) / "cache")
     PRESETS["tiny"] = TINY

@@ -17,8 +17,8 @@ def forget_moments() -> None:
     """AdamW goes on with empty moments."""
     load = TorchEngine.load
 
-    def load_nothing(engine: TorchEngine, optimizer: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
-        load(engine, {name: torch.zeros_like(values) for name, values in optimizer.items()}, rest)
+    def load_nothing(self: TorchEngine, optimizer: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
+        load(self, {name: torch.zeros_like(values) for name, values in optimizer.items()}, rest)
 
     TorchEngine.load = load_nothing
 
@@ -27,9 +27,9 @@ def forget_update_counts() -> None:
     """AdamW goes on with its moments but takes the first step for its first."""
     load = TorchEngine.load
 
-    def load_moments(engine: TorchEngine, optimizer: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
+    def load_moments(self: TorchEngine, optimizer: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
         zeros = {name: torch.zeros_like(values) for name, values in optimizer.items() if name.endswith(".step")}
-        load(engine, optimizer | zeros, rest)
+        load(self, optimizer | zeros, rest)
 
     TorchEngine.load = load_moments
 
@@ -49,8 +49,8 @@ def disturb_weights() -> None:
     """Moments and progress are right, the weights a thousandth off."""
     newest = Checkpoints.newest
 
-    def newest_disturbed(checkpoints: Checkpoints, say: Callable[[str], None]) -> Any:
-        found = newest(checkpoints, say)
+    def newest_disturbed(self: Checkpoints, say: Callable[[str], None]) -> Any:
+        found = newest(self, say)
         if found is not None:
             found.weights.update({name: values * 1.001 for name, values in found.weights.items()})
         return found

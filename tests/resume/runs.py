@@ -2,19 +2,17 @@
 
 import json
 import multiprocessing
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from launch import COMMANDS, Launch
 from mka.results import read_results, results_path
 from resume import child
 from resume.child import Instant, Job
@@ -102,14 +100,15 @@ class Case:
         assert not late, f"a run did not end:\n{printed}"
         return Ended([process.exitcode or 0 for process in processes], printed)
 
-    def torchrun(self, instant: Instant | None = None, *options: str) -> Ended:
+    def torchrun(self, instant: Instant | None = None, late_rank: int = -1, restarts: int = 0) -> Ended:
         """The same by the real launcher; the status is that of torchrun."""
-        self.home.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
-        command += [*options, child.__file__, child.to_json(self.job(instant))]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(self.home.parent / "matplotlib")}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        return Ended([done.returncode], done.stdout + done.stderr)
+        job = replace(self.job(instant), late_rank=late_rank)
+        job = replace(job, arguments=(*job.arguments, "--ddp_timeout", "20"))
+        command = [COMMANDS / "torchrun", "--standalone", f"--nproc_per_node={self.ranks}"]
+        command += [f"--max-restarts={restarts}", child.__file__, child.to_json(job)]
+        environment = {"MPLCONFIGDIR": str(self.corpus.parent / "matplotlib")}
+        ended = Launch(self.home, PATIENCE, environment).run(command)
+        return Ended([ended.status], ended.out + ended.err)
 
     def calls(self) -> dict[str, int]:
         """How often the last command, which was not killed, called each watched function."""

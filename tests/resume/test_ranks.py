@@ -46,10 +46,11 @@ def test_torchrun_without_restarts(whole_on_two: Case, case_on_two: Case, seed: 
     assert case_on_two.outcome() == whole_on_two.outcome()
 
 
-def test_torchrun_restarts_the_ranks(whole_on_two: Case, case_on_two: Case) -> None:
-    """With --max-restarts nobody has to give the command again."""
+@pytest.mark.parametrize("late", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_torchrun_restarts_the_ranks(whole_on_two: Case, case_on_two: Case, late: int) -> None:
+    """With --max-restarts nobody has to give the command again, whichever rank is the last to come back."""
     instant = Instant(STEP, 8, rank=1, once=str(case_on_two.home / "killed-once"))
-    ended = case_on_two.torchrun(instant, "--max-restarts=3")
+    ended = case_on_two.torchrun(instant, late_rank=late, restarts=3)
     assert ended.statuses == [0], ended.printed
     assert "Going on after step 6 of 12" in ended.printed
     assert case_on_two.outcome() == whole_on_two.outcome()

@@ -12,8 +12,6 @@ from checks import TOLERANCE
 from mka.attention import ATTENTION_TYPES
 from mka.training import NonFiniteLoss, TrainingRun, loop, train
 
-OPTIONS = {kind: {"local_window": 6, "chunk_size": 2, "top_k": 2} for kind in ("mka", "fmka")}
-
 
 def no_look() -> float:
     return 0.0
@@ -21,11 +19,11 @@ def no_look() -> float:
 
 @pytest.mark.parametrize("kind", ATTENTION_TYPES)
 def test_the_same_seed_gives_the_same_bytes(kind: str) -> None:
-    models = [tiny.tiny_model(kind, seed=1, **OPTIONS.get(kind, {})) for _ in range(2)]
+    models = [tiny.tiny_model(kind, seed=1, **tiny.OPTIONS.get(kind, {})) for _ in range(2)]
     runs = [train(model, tiny.plan(steps=4), no_look) for model in models]
     assert runs[0].losses == runs[1].losses
     tiny.assert_same_bytes(*(tiny.weights_of(model) for model in models))
-    untrained = tiny.weights_of(tiny.tiny_model(kind, seed=1, **OPTIONS.get(kind, {})))
+    untrained = tiny.weights_of(tiny.tiny_model(kind, seed=1, **tiny.OPTIONS.get(kind, {})))
     assert all((p != untrained[name]).any() for name, p in tiny.weights_of(models[0]).items() if p.dim() == 2)
 
 
@@ -107,6 +105,9 @@ class FailsAt(nn.Module):
         return SimpleNamespace(logits=logits if self.passes > 0 else logits * self.value)
 
 
+CAUSE = "every layer's output is finite, only the loss itself is not"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("passes", "accumulation", "step"), [(1, 1, 1), (3, 1, 3), (4, 2, 2), (8, 4, 2)])
 def test_a_non_finite_loss_stops_before_the_step(value: float, passes: int, accumulation: int, step: int) -> None:
@@ -121,7 +122,7 @@ def test_a_non_finite_loss_stops_before_the_step(value: float, passes: int, accu
     def on_step(run: TrainingRun) -> None:
         taken.append(len(run.losses))
 
-    with pytest.raises(NonFiniteLoss, match=rf"^the loss at step {step} is nan; try [^\n]+$"):
+    with pytest.raises(NonFiniteLoss, match=rf"^the loss at step {step} is nan; {CAUSE}; try [^\n]+$"):
         train(model, tiny.plan(batch_at=batch_at, accumulation=accumulation), no_look, on_step)
     tiny.assert_same_bytes(tiny.weights_of(model), before)
     assert taken == list(range(1, step))

@@ -9,17 +9,11 @@ import checks_training as tiny
 from checks import TOLERANCE
 from mka.attention import ATTENTION_TYPES
 from mka.training import train
-from mka.training.optimizer import FINAL_FRACTION, MAX_GRAD_NORM, WEIGHT_DECAY, build_optimizer, build_schedule
+from mka.training.optimizer import FINAL_FRACTION, MAX_GRAD_NORM, WEIGHT_DECAY, build_optimizer, learning_rate_at
 
 
 def rates(steps: int, peak: float = 2.0) -> list[float]:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
-    schedule, found = build_schedule(optimizer, steps), []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return [*found, optimizer.param_groups[0]["lr"]]
+    return [learning_rate_at(step, steps, peak) for step in range(steps + 1)]
 
 
 @pytest.mark.parametrize("steps", [20, 100, 1000])
@@ -36,6 +30,19 @@ def test_warm_up_is_a_line_and_the_rest_a_cosine(steps: int) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 9])
 def test_short_runs_never_have_a_zero_or_too_large_a_rate(steps: int) -> None:
     assert all(0 < rate <= 2.0 for rate in rates(steps))
+
+
+def test_every_step_is_taken_at_the_rate_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[list[float]] = []
+    step = torch.optim.AdamW.step
+
+    def spy(optimizer: torch.optim.AdamW, *args: object) -> object:
+        taken.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    train(tiny.tiny_model(), tiny.plan(steps=20, learning_rate=2.0e-3), lambda: 0.0)
+    assert taken == [[rate, rate] for rate in rates(20, 2.0e-3)[:-1]]
 
 
 @pytest.mark.parametrize("kind", ATTENTION_TYPES)

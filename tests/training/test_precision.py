@@ -5,10 +5,9 @@ import torch
 
 import checks_training as tiny
 from mka.attention import ATTENTION_TYPES
-from mka.models import next_token_loss
-from mka.training import Precision, TrainingRun, choose_precision, train
-from mka.training.loop import step_optimizer
-from mka.training.optimizer import build_optimizer
+from mka.distributed import Ranks
+from mka.training import Precision, choose_precision, train
+from mka.training.engine import TorchEngine
 from mka.training.precision import PrecisionName
 
 FLOAT16 = Precision("float16", "cpu")
@@ -56,19 +55,19 @@ def test_an_overflowing_step_is_counted_and_changes_nothing() -> None:
 
 def test_after_an_overflow_the_optimiser_is_as_if_nothing_had_been() -> None:
     def one_good_step(after_an_overflow: bool) -> dict[str, torch.Tensor]:
-        model, run = tiny.tiny_model(), TrainingRun()
-        optimizer = build_optimizer(model, 1e-2)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, backoff_factor=0.5)
+        model, skipped = tiny.tiny_model(), []
+        engine = TorchEngine(model, 1e-2, tiny.FLOAT32, Ranks())
+        engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, backoff_factor=0.5)
         if after_an_overflow:
-            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**11, backoff_factor=0.5)
+            engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**11, backoff_factor=0.5)
         for overflow in [True, False] if after_an_overflow else [False]:
-            scaler.scale(next_token_loss(model, tiny.batch_at(0))).backward()
+            engine.gradients([tiny.batch_at(0)])
             if overflow:
                 parameter = model.get_parameter("transformer.wpe.weight")
                 assert parameter.grad is not None
                 parameter.grad[3] = torch.inf
-            step_optimizer(model, optimizer, scaler, run)
-        assert run.skipped_steps == after_an_overflow
+            skipped.append(engine.step(1e-2))
+        assert skipped == ([True, False] if after_an_overflow else [False])
         return tiny.weights_of(model)
 
     tiny.assert_same_bytes(one_good_step(True), one_good_step(False))

@@ -108,7 +108,10 @@ class DeepSpeedEngine:
         return weights, moments, {"scaler": self.scaler_state()}
 
     def load(self, optimizer: Tensors, rest: dict[str, Any]) -> None:
+        updated = set(self.ranks.on_main(lambda: list(optimizer)))
         for name, parameter in self.model.named_parameters():
+            if f"{name}.step" not in updated:
+                continue  # it never had a gradient; its moments stay zero
             step = received(optimizer, f"{name}.step", torch.Size(), self.ranks)
             shape = getattr(parameter, "ds_shape", parameter.shape)
             for moment in MOMENTS[1:]:

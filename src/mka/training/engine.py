@@ -54,6 +54,7 @@ class TorchEngine:
         self.scaler = precision.scaler()
         self.wrapped = model
         if ranks.accelerator is not None and ranks.count > 1:
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
             shard = strategy == "fsdp"
             self.wrapped = fully_sharded(model, precision) if shard else ranks.accelerator.prepare_model(model)
         self.optimizer = build_optimizer(model, learning_rate)
@@ -97,7 +98,10 @@ class TorchEngine:
         return weights, moments, {"scaler": self.scaler.state_dict()}
 
     def load(self, optimizer: Tensors, rest: dict[str, Any]) -> None:
+        updated = set(self.ranks.on_main(lambda: list(optimizer)))
         for name, parameter in self.model.named_parameters():
+            if f"{name}.step" not in updated:
+                continue  # it never had a gradient
             for moment in MOMENTS:
                 shape = parameter.shape if moment != "step" else torch.Size()
                 values = received(optimizer, f"{name}.{moment}", shape, self.ranks)

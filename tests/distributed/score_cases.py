@@ -1,0 +1,47 @@
+"""What a rank does: scores held-out splits with a model in shares and, by itself, with the whole model; prints both."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from train_cases import GLOBAL_ROWS, MEMORY, deepspeed_settings
+
+import checks_training as tiny
+from mka.data import evaluation_batches
+from mka.distributed import Ranks, start_ranks
+from mka.evaluation import HeldOutLoss, held_out_loss
+from mka.training.loop import make_engine
+
+BATCH_SIZE = 2
+
+
+def score(model: Any, num_tokens: int, ranks: Ranks) -> HeldOutLoss:
+    """Of a split of so many tokens, made up from a seed. Collective if the ranks are several."""
+    batches = evaluation_batches(tiny.held_out_split(num_tokens), tiny.LENGTH, BATCH_SIZE)
+    return held_out_loss(model, batches, tiny.CPU, None, ranks)
+
+
+def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Every rank's sums over each of the splits, and those that it finds alone. Collective."""
+    strategy, sizes = case["strategy"], case["tokens"]
+    model = tiny.tiny_model("fmka", **MEMORY)
+    alone = [asdict(score(model, size, Ranks())) for size in sizes]
+    rows = GLOBAL_ROWS * ranks.count
+    settings = {"strategy": "fsdp" if strategy == "fsdp" else "ddp", "deepspeed": deepspeed_settings(strategy)}
+    make_engine(model, tiny.plan(rows_per_step=rows, ranks=ranks, **settings))
+    shared = [asdict(score(model, size, ranks)) for size in sizes]
+    return {"name": strategy, "alone": ranks.gather(alone), "shared": ranks.gather(shared)}
+
+
+def main() -> None:
+    ranks = start_ranks(120)
+    for case in json.loads(sys.argv[1]):
+        outcome = run_case(case, ranks)
+        if ranks.is_main:
+            print(json.dumps(outcome), flush=True)
+    ranks.part()
+
+
+if __name__ == "__main__":
+    main()
