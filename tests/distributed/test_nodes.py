@@ -12,6 +12,8 @@ from mka.results import read_results
 
 COMMAND = Path(__file__).parent / "command.py"
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
+CARD = "mka0"
+"""What either machine calls its end of the cable."""
 
 
 def ip(*words: str) -> None:
@@ -29,9 +31,9 @@ def machines() -> Iterator[tuple[str, str]]:
                 ip("netns", "add", name)
             ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
             for name, end, address in zip(names, cable, ADDRESSES, strict=True):
-                ip("link", "set", end, "netns", name)
-                ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
-                ip("-n", name, "link", "set", end, "up")
+                ip("link", "set", end, "netns", name, "name", CARD)
+                ip("-n", name, "addr", "add", f"{address}/24", "dev", CARD)
+                ip("-n", name, "link", "set", CARD, "up")
                 ip("-n", name, "link", "set", "lo", "up")
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", b"").decode().strip() or error
@@ -40,8 +42,10 @@ def machines() -> Iterator[tuple[str, str]]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "del", cable[0]], check=False, capture_output=True)  # not yet in a namespace
 
 
+@pytest.mark.slow
 def test_two_machines_train_one_model(machines: tuple[str, str], tmp_path: Path, corpus: Path) -> None:
     options = ["--preset", "tiny", "--dataset", "text", "--text_path", corpus, "--attention_type", "fmka"]
     options += ["--max_steps", 4, "--output_dir", "run"]
@@ -53,7 +57,7 @@ def test_two_machines_train_one_model(machines: tuple[str, str], tmp_path: Path,
         for rank, name in enumerate(machines)
     ]
     # The machines have no name server; gloo is told which card to use, as docs/training.md says.
-    environment = {"GLOO_SOCKET_IFNAME": f"v{os.getpid()}a,v{os.getpid()}b"}
+    environment = {"GLOO_SOCKET_IFNAME": CARD, "RES_OPTIONS": "timeout:1 attempts:1"}
     first, second = Launch(tmp_path, environment=environment).run_together(commands)
     assert (first.status, second.status) == (0, 0), first.err + second.err
     assert "Ranks      2 on 2 machine(s), ddp" in first.out

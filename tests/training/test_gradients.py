@@ -1,10 +1,11 @@
 """Gradients that overflow in float16, and activations that are computed twice."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checks_training as tiny
 from checks import TOLERANCE
@@ -73,6 +74,10 @@ def test_a_scale_that_is_far_too_large_comes_down_by_itself(kind: str, monkeypat
     assert run.losses[-1] < run.losses[0]
 
 
+def noting(passes: list[bool]) -> Callable[[nn.Module, object], None]:
+    return lambda module, args: passes.append(module.training)
+
+
 @pytest.mark.parametrize("kind", ["mha", "mka", "fmka"])
 def test_gradient_checkpointing_gives_the_same_losses(kind: str) -> None:
     """It is at work: each block runs twice in a step, for the second time during the backward pass."""
@@ -83,7 +88,7 @@ def test_gradient_checkpointing_gives_the_same_losses(kind: str) -> None:
         if twice:
             checkpoint_blocks(model)
         block = model.get_submodule("transformer.h.1.attn")
-        block.register_forward_pre_hook(lambda module, args, shown=shown: shown.append(module.training))
+        block.register_forward_pre_hook(noting(shown))
         runs.append(train(model, tiny.plan(accumulation=2), lambda: 0.0))
     assert [len(shown) for shown in passes] == [12, 24]
     for kept, again in zip(runs[0].losses, runs[1].losses, strict=True):
