@@ -34,6 +34,8 @@ import os, re, sys
 from importlib import metadata
 
 for requirement in metadata.requires("mka"):
+    if "extra ==" in requirement and "dev" not in requirement.partition("extra ==")[2]:
+        continue  # an extra that is not installed here
     metadata.distribution(re.match(r"[\w.-]+", requirement)[0])
 for package in metadata.distributions():
     record = package.read_text("RECORD")

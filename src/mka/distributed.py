@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from mka.config import InputError
 
@@ -114,10 +114,8 @@ def start_ranks(timeout: float = 1800) -> Ranks:
     """
     share_the_cores()
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
-    # Rows no longer than the window leave nothing to retrieve: what retrieval learns then has no gradient.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     with lost_ranks_said("while the ranks were joining"):
-        return Ranks(Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[group, ddp]))
+        return Ranks(Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[group]))
 
 
 def share_the_cores() -> None:

@@ -6,8 +6,10 @@ checkpoints/<training>/step-00000100/model.safetensors       weights in float32
                                      manifest.json           sizes, checksums and whose it is, written last
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,8 +49,8 @@ class Checkpoints:
         """Write it, then remove all but the newest `keep`. Raises OSError if there is no room; older ones stay."""
 
         def fill(folder: Path) -> dict[str, Any]:
-            save_file(contiguous(checkpoint.weights), folder / "model.safetensors")
-            save_file(contiguous(checkpoint.optimizer), folder / "optimizer.safetensors")
+            save_tensors(checkpoint.weights, folder / "model.safetensors")
+            save_tensors(checkpoint.optimizer, folder / "optimizer.safetensors")
             write_json(folder / "progress.json", checkpoint.progress)
             return {"step": checkpoint.step, "identity": dict(self.identity)}
 
@@ -100,5 +103,10 @@ class Checkpoints:
             self.folder.parent.rmdir()
 
 
-def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().contiguous() for name, value in tensors.items()}
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError if it cannot be written; the library has an error of its own for it."""
+    try:
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, f"{path.name} cannot be written: {error}") from error

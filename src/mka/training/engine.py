@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -52,22 +53,35 @@ class TorchEngine:
     ) -> None:
         self.model, self.precision, self.ranks = model.to(ranks.device), precision, ranks
         self.scaler = precision.scaler()
-        self.wrapped = model
+        self.wrapped: nn.Module | None = model
         if ranks.accelerator is not None and ranks.count > 1:
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
-            shard = strategy == "fsdp"
-            self.wrapped = fully_sharded(model, precision) if shard else ranks.accelerator.prepare_model(model)
+            self.wrapped = (
+                fully_sharded(model, precision) if strategy == "fsdp" else None
+            )  # DDP waits for the first rows
         self.optimizer = build_optimizer(model, learning_rate)
 
     def gradients(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        wrapped = self.wrapped = self.wrapped or self.replicated(parts[0][:1])
         losses = []
         for number, part in enumerate(parts, 1):
             with self.exchange(number == len(parts)):
                 with self.precision.autocast():
-                    loss = next_token_loss(self.wrapped, part)
+                    loss = next_token_loss(wrapped, part)
                 self.scaler.scale(loss / len(parts)).backward()
             losses.append(loss.detach())
         return losses
+
+    def replicated(self, row: Tensor) -> nn.Module:
+        """DDP, told whether some parameters have no gradient: rows no longer than the window leave nothing to retrieve,
+        so that what retrieval learns is not used."""
+        with self.precision.autocast():
+            loss = next_token_loss(self.model, row)
+        loss.backward()
+        unused = any(p.grad is None for p in self.model.parameters())
+        self.optimizer.zero_grad(set_to_none=True)
+        accelerator: Any = self.ranks.accelerator
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
+        return accelerator.prepare_model(self.model)
 
     def exchange(self, now: bool) -> AbstractContextManager:
         """Gradients cross to the other ranks once a step, with the last part."""

@@ -107,7 +107,16 @@ def train(
                     saved = done
             if stop:
                 raise Interrupted(stop, f"after step {done} of {plan.steps}")
+        late = agreed_signal(plan.ranks, request)  # one that came after the last step's exchange
+        if late:
+            raise Interrupted(late, f"after step {plan.steps} of {plan.steps}")
     return run
+
+
+def agreed_signal(ranks: Ranks, request: StopRequest) -> int:
+    """The signal that any rank got, or 0. Collective."""
+    terminated, interrupted = ranks.sum((request.got(SIGTERM), request.got(SIGINT)))
+    return SIGTERM if terminated else SIGINT if interrupted else 0
 
 
 def make_engine(model: nn.Module, plan: TrainingPlan) -> Engine:
