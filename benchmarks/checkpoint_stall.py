@@ -19,7 +19,7 @@ import tyro
 
 from mka.config import PRESETS
 from mka.distributed import Ranks
-from mka.models import build_model, gpt2_config
+from mka.models import build_model, preset_config
 from mka.training import Checkpoint, Checkpoints, choose_precision
 from mka.training.engine import TorchEngine
 
@@ -36,14 +36,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    config = gpt2_config(
-        hidden_size=GPT2.hidden_size,
-        num_hidden_layers=GPT2.num_hidden_layers,
-        num_attention_heads=GPT2.num_attention_heads,
-        vocab_size=GPT2.vocab_size,
-        max_position_embeddings=GPT2.sequence_length,
-    )
-    model = build_model("mha", config)
+    model = build_model("mha", preset_config(GPT2))
     engine = TorchEngine(model, GPT2.learning_rate, choose_precision(torch.device("cpu")), Ranks())
     engine.gradients([torch.zeros((1, 9), dtype=torch.long)])
     engine.step(GPT2.learning_rate)

@@ -16,13 +16,10 @@ import tyro
 from torch import nn
 from torch.optim import AdamW
 
-from mka.config import PRESETS
-from mka.data import BlockBatches, load_corpus, prepare_tokens
+from mka.data import BlockBatches
 from mka.distributed import start_ranks
-from mka.models import build_model, gpt2_config
-from mka.training import TrainingPlan, choose_precision, keep_freed_memory, train
-
-QUICK = PRESETS["quick"]
+from mka.training import choose_precision, keep_freed_memory, train
+from quick import QUICK, quick_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,36 +54,22 @@ def main(options: Options) -> None:
     keep_freed_memory()
     ranks = start_ranks()
     precision = choose_precision(ranks.device)
-    corpus = prepare_tokens(load_corpus("stdlib"), QUICK.tokenizer, QUICK.vocab_size)
-    batches = BlockBatches(corpus.splits["train"].ids, QUICK.sequence_length, QUICK.batch_size, seed=0)
-    config = gpt2_config(
-        hidden_size=QUICK.hidden_size,
-        num_hidden_layers=QUICK.num_hidden_layers,
-        num_attention_heads=QUICK.num_attention_heads,
-        vocab_size=corpus.tokenizer.vocab_size,
-        max_position_embeddings=QUICK.sequence_length,
-    )
-    plan = TrainingPlan(
-        batch_at=batches.at,
-        rows_per_step=QUICK.batch_size,
-        tokens_per_step=QUICK.batch_size * QUICK.sequence_length,
-        steps=options.steps,
-        accumulation=1,
-        learning_rate=QUICK.learning_rate,
-        precision=precision,
-        ranks=ranks,
-    )
-    ours, bare = (build_model("mha", config) for _ in range(2))
+    quick = quick_run(ranks)
+    plan = quick.plan(options.steps, precision)
+    ours, bare = quick.model("mha"), quick.model("mha")
     seconds: dict[str, list[float]] = {"train": [], "bare": []}
     for turn in range(options.turns + 1):
         run = train(ours, plan, look=lambda: 0.0)
         started = time.perf_counter()
-        bare_loop(bare, batches, options.steps, precision.autocast())
+        bare_loop(bare, quick.batches, options.steps, precision.autocast())
         if turn:
             seconds["train"].append(run.seconds)
             seconds["bare"].append(time.perf_counter() - started)
     ratio = median(b / t for t, b in zip(seconds["train"], seconds["bare"], strict=True))
-    rate = {name: options.steps * plan.tokens_per_step / median(taken) for name, taken in seconds.items()}
+    rate = {
+        name: options.steps * QUICK.batch_size * QUICK.sequence_length / median(taken)
+        for name, taken in seconds.items()
+    }
     print(f"train {rate['train']:,.0f} tokens/s, a bare loop {rate['bare']:,.0f}: {ratio:.3f} of it")
     print(json.dumps({"ratio": ratio, "tokens_per_second": rate, "threads": torch.get_num_threads()}))
 

@@ -8,18 +8,14 @@ Same model, batches and steps; autocast alone differs. One line of JSON last.
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import tyro
 
-from mka.config import PRESETS, BenchmarkConfig, attention_options
-from mka.data import BlockBatches, evaluation_batches, load_corpus, prepare_tokens
+from mka.data import evaluation_batches
 from mka.distributed import start_ranks
 from mka.evaluation import held_out_loss
-from mka.models import build_model, gpt2_config
-from mka.training import Precision, TrainingPlan, keep_freed_memory, train
-
-QUICK = PRESETS["quick"]
+from mka.training import Precision, keep_freed_memory, train
+from quick import QUICK, quick_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,36 +29,15 @@ class Options:
 def main(options: Options) -> None:
     keep_freed_memory()
     ranks = start_ranks()
-    corpus = prepare_tokens(load_corpus("stdlib"), QUICK.tokenizer, QUICK.vocab_size)
-    batches = BlockBatches(corpus.splits["train"].ids, QUICK.sequence_length, QUICK.batch_size, seed=0)
-    config = gpt2_config(
-        hidden_size=QUICK.hidden_size,
-        num_hidden_layers=QUICK.num_hidden_layers,
-        num_attention_heads=QUICK.num_attention_heads,
-        vocab_size=corpus.tokenizer.vocab_size,
-        max_position_embeddings=QUICK.sequence_length,
-        eos_token_id=corpus.tokenizer.eos_id,
-    )
+    quick = quick_run(ranks)
     losses: dict[str, float] = {}
     skipped: dict[str, int] = {}
     for name in ("float32", "bfloat16", "float16"):
         precision = Precision(name, ranks.device.type)
-        mechanism: dict[str, Any] = attention_options(options.attention_type, BenchmarkConfig())
-        model = build_model(options.attention_type, config, **mechanism)
-        plan = TrainingPlan(
-            batch_at=batches.at,
-            rows_per_step=QUICK.batch_size,
-            tokens_per_step=QUICK.batch_size * QUICK.sequence_length,
-            steps=options.max_steps,
-            accumulation=1,
-            learning_rate=QUICK.learning_rate,
-            precision=precision,
-            ranks=ranks,
-        )
-        run = train(model, plan, look=lambda: 0.0)
-        scored = evaluation_batches(
-            corpus.splits["validation"], QUICK.sequence_length, QUICK.batch_size, QUICK.eval_tokens
-        )
+        model = quick.model(options.attention_type)
+        run = train(model, quick.plan(options.max_steps, precision), look=lambda: 0.0)
+        held_out = quick.corpus.splits["validation"]
+        scored = evaluation_batches(held_out, QUICK.sequence_length, QUICK.batch_size, QUICK.eval_tokens)
         losses[name] = held_out_loss(model, scored, ranks.device, precision.autocast()).loss
         skipped[name] = run.skipped_steps
         away = 100 * (losses[name] / losses["float32"] - 1)

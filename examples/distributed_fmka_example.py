@@ -90,8 +90,6 @@ def train_on(ranks: Ranks, example: Example) -> None:
 
     plan = TrainingPlan(
         batch_at=batches.at,
-        rows_per_step=GLOBAL_BATCH_SIZE,
-        tokens_per_step=GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH,
         steps=example.max_steps,
         accumulation=1,
         learning_rate=2e-3,

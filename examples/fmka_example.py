@@ -63,8 +63,6 @@ def main(example: Example) -> None:
 
     plan = TrainingPlan(
         batch_at=batches.at,
-        rows_per_step=BATCH_SIZE,
-        tokens_per_step=BATCH_SIZE * SEQUENCE_LENGTH,
         steps=example.max_steps,
         accumulation=1,
         learning_rate=3e-3,

@@ -48,7 +48,7 @@ def assert_first_step_is_that_of_one_rank(
 
     def usual(ranks: Ranks) -> TrainingPlan:
         rows = 6 * count * accumulation
-        options = {"rows_per_step": rows, "tokens_per_step": rows * tiny.LENGTH, "accumulation": accumulation}
+        options = {"accumulation": accumulation}
         return tiny.plan(steps=1, ranks=ranks, batch_at=lambda step: tiny.batch_at(step, rows), **options)
 
     def work(ranks: Ranks) -> TrainingRun:

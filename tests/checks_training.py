@@ -51,8 +51,6 @@ def batch_at(step: int, size: int = 8) -> Tensor:
 def plan(**changes: Any) -> TrainingPlan:
     values = {
         "batch_at": batch_at,
-        "rows_per_step": 8,
-        "tokens_per_step": 8 * LENGTH,
         "steps": 6,
         "accumulation": 1,
         "learning_rate": 3e-3,

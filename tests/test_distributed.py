@@ -63,6 +63,17 @@ def test_a_mistake_found_on_main_is_raised_on_all(count: int) -> None:
     assert [(type(error), str(error)) for error in ended] == [(InputError, "batch_size is 3")] * count
 
 
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_disk_that_fails_main_is_known_to_all(count: int) -> None:
+    """Or the others would wait for an answer that never comes."""
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    ended = on_ranks(count, lambda ranks: ranks.on_main(fail))
+    assert [(type(error), getattr(error, "errno", None)) for error in ended] == [(OSError, 28)] * count
+
+
 def settings(rank: int, odd: int, change: dict[str, object]) -> dict[str, object]:
     """The same on all but one."""
     same: dict[str, object] = {"learning_rate": 1e-3, "seeds": (0, 1), "text_path": None, "model": {"layers": 2}}

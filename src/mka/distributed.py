@@ -67,16 +67,16 @@ class Ranks:
             torch.distributed.broadcast(values, src=0)
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What `function` returns on the first rank, where alone it is called; an InputError is raised on all."""
+        """What `function` returns on the first rank, where alone it is called; an InputError or OSError reaches all."""
         answer: list[Any] = [None]
         if self.is_main:
             try:
                 answer = [function()]
-            except InputError as error:
+            except (InputError, OSError) as error:
                 answer = [error]
         if self.count > 1:
             broadcast_object_list(answer)
-        if isinstance(answer[0], InputError):
+        if isinstance(answer[0], (InputError, OSError)):
             raise answer[0]
         return answer[0]
 

@@ -10,7 +10,7 @@ One folder:
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from io import FileIO
 from pathlib import Path
@@ -64,6 +64,14 @@ class CurvePoint:
     seconds: float
     train_loss: float | None
     eval_loss: float | None = None
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def results_path(folder: Path) -> Path:

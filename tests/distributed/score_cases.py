@@ -1,15 +1,13 @@
 """What a rank does: scores held-out splits with a model in shares and, by itself, with the whole model; prints both."""
 
-import json
-import sys
 from dataclasses import asdict
 from typing import Any
 
-from train_cases import GLOBAL_ROWS, MEMORY, deepspeed_settings
+from train_cases import MEMORY, deepspeed_settings, run_cases
 
 import checks_training as tiny
 from mka.data import evaluation_batches
-from mka.distributed import Ranks, start_ranks
+from mka.distributed import Ranks
 from mka.evaluation import HeldOutLoss, held_out_loss
 from mka.training.loop import make_engine
 
@@ -27,21 +25,11 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     strategy, sizes = case["strategy"], case["tokens"]
     model = tiny.tiny_model("fmka", **MEMORY)
     alone = [asdict(score(model, size, Ranks())) for size in sizes]
-    rows = GLOBAL_ROWS * ranks.count
     settings = {"strategy": "fsdp" if strategy == "fsdp" else "ddp", "deepspeed": deepspeed_settings(strategy)}
-    make_engine(model, tiny.plan(rows_per_step=rows, ranks=ranks, **settings))
+    make_engine(model, tiny.plan(ranks=ranks, **settings))
     shared = [asdict(score(model, size, ranks)) for size in sizes]
     return {"name": strategy, "alone": ranks.gather(alone), "shared": ranks.gather(shared)}
 
 
-def main() -> None:
-    ranks = start_ranks(120)
-    for case in json.loads(sys.argv[1]):
-        outcome = run_case(case, ranks)
-        if ranks.is_main:
-            print(json.dumps(outcome), flush=True)
-    ranks.part()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run_case)

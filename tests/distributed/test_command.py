@@ -32,7 +32,10 @@ BY_DEEPSPEED: dict[str, tuple[Any, ...]] = {
 @pytest.fixture(scope="session")
 def alone(launched: OneLaunchForMany, corpus: Path) -> tuple[Ended, Path]:
     """One process, two parts a step."""
-    job = lambda at: at.python(COMMAND, *OPTIONS, "--text_path", corpus, *PYTHON)  # noqa: E731
+
+    def job(at: Launch) -> Ended:
+        return at.python(COMMAND, *OPTIONS, "--text_path", corpus, *PYTHON)
+
     ended = launched("alone", job, environment=FLOAT32)
     return ended, launched.place("alone") / "run"
 

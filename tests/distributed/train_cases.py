@@ -34,8 +34,6 @@ def deepspeed_settings(strategy: str) -> dict[str, Any] | None:
 def plan_of(case: dict[str, Any], ranks: Ranks) -> TrainingPlan:
     """The same rows on any number of ranks: four parts, spread over the ranks."""
     return tiny.plan(
-        rows_per_step=GLOBAL_ROWS,
-        tokens_per_step=GLOBAL_ROWS * tiny.LENGTH,
         steps=case.get("steps", STEPS),
         accumulation=PARTS_OF_ALL_RANKS // ranks.count,
         precision=Precision(case.get("precision", "float32"), "cpu"),
@@ -98,14 +96,15 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def run_cases(run: Callable[[dict[str, Any], Ranks], dict[str, Any]]) -> None:
+    """Those given as JSON, one after the other; the first rank prints what each gave."""
     ranks = start_ranks(120)
     for case in json.loads(sys.argv[1]):
-        outcome = run_case(case, ranks)
+        outcome = run(case, ranks)
         if ranks.is_main:
             print(json.dumps(outcome), flush=True)
     ranks.part()
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(run_case)

@@ -10,7 +10,7 @@ from mka import cli
 from mka.config import BenchmarkConfig, InputError
 from mka.distributed import Ranks
 from mka.experiments import launch, tracking
-from mka.experiments.launch import accumulation, check_launch, describe_launch, started_by
+from mka.experiments.launch import accumulation, describe_launch, read_deepspeed, started_by
 from thread_ranks import Meeting, ThreadAccelerator
 from tiny_runs import Place, end, fingerprint
 
@@ -96,9 +96,10 @@ def test_what_a_result_says_of_its_launch(
     if on_each:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", on_each)
     monkeypatch.setattr("mka.training.deepspeed_config.find_spec", lambda name: object())
+    monkeypatch.setenv("RANK", "0")
     accelerator: Any = ThreadAccelerator(Meeting(count), 0)
     config = BenchmarkConfig(gradient_checkpointing=count == 8, **options).resolved()
-    assert describe_launch(config, Ranks(accelerator), 3) == {
+    assert describe_launch(config, Ranks(accelerator), 3, read_deepspeed(config)) == {
         "started_by": "python",
         "world_size": count,
         "machines": machines,
@@ -141,7 +142,11 @@ def test_deepspeed_without_a_launcher(refused: Callable[..., str]) -> None:
 @pytest.mark.usefixtures("deepspeed_is_there")
 def test_deepspeed_by_a_launcher_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    check_launch(BenchmarkConfig(deepspeed=True).resolved())
+    assert read_deepspeed(BenchmarkConfig(deepspeed=True).resolved()) == {"zero_optimization": {"stage": 2}}
+
+
+def test_without_deepspeed_there_is_nothing_to_read() -> None:
+    assert read_deepspeed(BenchmarkConfig().resolved()) is None
 
 
 def test_deepspeed_that_is_not_installed(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,8 +242,9 @@ def interrupt(*_: Any, **__: Any) -> None:
 
 def test_strategies_have_names_for_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mka.training.deepspeed_config.find_spec", lambda name: object())
+    monkeypatch.setenv("RANK", "0")
     for stage in (1, 2, 3):
         path = tmp_path / "ds.json"
         path.write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
         config = BenchmarkConfig(deepspeed=True, deepspeed_config=str(path)).resolved()
-        assert launch.strategy_name(config, Ranks()) == f"deepspeed zero{stage}"
+        assert launch.strategy_name(config, Ranks(), read_deepspeed(config)) == f"deepspeed zero{stage}"

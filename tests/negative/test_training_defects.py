@@ -148,7 +148,7 @@ class AllTheFirst(Ranks):
 @pytest.mark.parametrize("defect", [SumsForMeans, KeepsItsOwn, AllTheFirst])
 def test_a_loss_that_is_not_the_mean_over_the_ranks_turns_red(defect: type[Ranks]) -> None:
     def planted(ranks: Ranks) -> TrainingPlan:
-        options = {"rows_per_step": 12, "tokens_per_step": 12 * tiny.LENGTH, "batch_at": lambda s: tiny.batch_at(s, 12)}
+        options = {"batch_at": lambda s: tiny.batch_at(s, 12)}
         return tiny.plan(steps=1, ranks=defect(ranks.accelerator), **options)
 
     with pytest.raises(AssertionError, match=r"the loss is off by|the ranks disagree on the loss"):

@@ -62,26 +62,26 @@ def test_what_is_not_decided_elsewhere_is_passed_on(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("train_batch_size", 8),
-        ("train_micro_batch_size_per_gpu", 1),
-        ("train_micro_batch_size_per_gpu", None),
-        ("gradient_accumulation_steps", 2),
-        ("gradient_clipping", 1.0),
-        ("gradient_clipping", 0),
-        ("optimizer", {"type": "AdamW", "params": {"lr": 1e-3}}),
-        ("scheduler", {"type": "WarmupLR"}),
-        ("fp16", {"enabled": True}),
-        ("fp16", {"enabled": "auto"}),
-        ("fp16", {"loss_scale": 0}),
-        ("bf16", {"enabled": True}),
-        ("bf16", True),
-        ("torch_autocast", {"enabled": True, "dtype": "bfloat16"}),
-        ("amp", {"enabled": True, "opt_level": "O1"}),
-    ],
-)
+DECIDED_VALUES: list[tuple[str, Any]] = [
+    ("train_batch_size", 8),
+    ("train_micro_batch_size_per_gpu", 1),
+    ("train_micro_batch_size_per_gpu", None),
+    ("gradient_accumulation_steps", 2),
+    ("gradient_clipping", 1.0),
+    ("gradient_clipping", 0),
+    ("optimizer", {"type": "AdamW", "params": {"lr": 1e-3}}),
+    ("scheduler", {"type": "WarmupLR"}),
+    ("fp16", {"enabled": True}),
+    ("fp16", {"enabled": "auto"}),
+    ("fp16", {"loss_scale": 0}),
+    ("bf16", {"enabled": True}),
+    ("bf16", True),
+    ("torch_autocast", {"enabled": True, "dtype": "bfloat16"}),
+    ("amp", {"enabled": True, "opt_level": "O1"}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), DECIDED_VALUES)
 def test_a_key_that_is_decided_elsewhere(tmp_path: Path, key: str, value: Any) -> None:
     path = written(tmp_path, json.dumps({"zero_optimization": {"stage": 2}, key: value}))
     instead = deepspeed_config.DECIDED[key]
@@ -89,8 +89,7 @@ def test_a_key_that_is_decided_elsewhere(tmp_path: Path, key: str, value: Any) -
 
 
 def test_every_decided_key_has_a_case() -> None:
-    marks = getattr(test_a_key_that_is_decided_elsewhere, "pytestmark")  # noqa: B009
-    assert {key for key, _ in marks[0].args[1]} == set(deepspeed_config.DECIDED)
+    assert {key for key, _ in DECIDED_VALUES} == set(deepspeed_config.DECIDED)
 
 
 @pytest.mark.parametrize("value", ["auto", {"enabled": False}, {"enabled": False, "loss_scale": 0}])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import checks_training as tiny
 from checks import TOLERANCE
 from mka.distributed import Ranks
 from mka.models import checkpoint_blocks
-from mka.training import Precision, TrainingRun, train
+from mka.training import Checkpoints, NonFiniteLoss, Precision, TrainingRun, train
 from mka.training.engine import TorchEngine
+from mka.training.precision import PrecisionName
 
 FLOAT16 = Precision("float16", "cpu")
 
@@ -49,6 +51,39 @@ def test_one_gradient_that_overflows_skips_the_step(
     assert seen == [good, good, skipped, good]
     assert run.skipped_steps == 1
     assert run.tokens == 4 * 8 * tiny.LENGTH
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: float, precision: PrecisionName
+) -> None:
+    """The loss is finite; clipping would make every weight NaN, and --save_steps 1 would keep them."""
+    model, gradients, losses = tiny.tiny_model(), TorchEngine.gradients, []
+
+    def planting(engine: TorchEngine, parts: tuple[Tensor, ...]) -> list[Tensor]:
+        losses.append(gradients(engine, parts))
+        gradient = model.get_parameter("transformer.ln_f.weight").grad
+        assert gradient is not None
+        if len(losses) == 3:
+            gradient[0] = value
+        return losses[-1]
+
+    checkpoints = Checkpoints(tmp_path, {})
+    plan = tiny.plan(steps=6, save_steps=1, precision=Precision(precision, "cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEngine, "gradients", planting)
+        with pytest.raises(NonFiniteLoss, match=r"^at step 3 a gradient is not finite, the loss is [\d.]+; try "):
+            train(model, plan, lambda: 0.0, checkpoints=checkpoints)
+    saved = checkpoints.newest(print)
+    assert saved is not None
+    assert saved.step == 2
+    assert all(torch.equal(saved.weights[name], values) for name, values in tiny.weights_of(model).items())
+    again = tiny.tiny_model()
+    train(again, plan, lambda: 0.0, checkpoints=checkpoints)
+    whole = tiny.tiny_model()
+    train(whole, plan, lambda: 0.0)
+    tiny.assert_same_bytes(tiny.weights_of(again), tiny.weights_of(whole))
 
 
 @pytest.mark.parametrize("kind", ["mha", "fmka"])

@@ -6,6 +6,7 @@ corpus -> tokens -> same batches in the same order -> model with one mechanism -
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from mka.distributed import Ranks, lost_ranks_said, start_ranks
 from mka.evaluation import HeldOutLoss, held_out_loss
 from mka.experiments.comparison import Comparison, announce, prepare
 from mka.experiments.folder import identity
-from mka.experiments.launch import check_launch
+from mka.experiments.launch import read_deepspeed
 from mka.experiments.progress import show_progress
 from mka.experiments.tracking import check_tracker, tracked
-from mka.models import build_model, checkpoint_blocks, gpt2_config, matched_intermediate_size, mechanisms
+from mka.models import build_model, checkpoint_blocks, matched_intermediate_size, mechanisms, preset_config
 from mka.results import Result, append_result, write_curve
 from mka.training import (
     Checkpoints,
@@ -34,7 +35,6 @@ from mka.training import (
     TrainingRun,
     activation_bytes,
     advice,
-    deepspeed_settings,
     is_out_of_memory,
     keep_freed_memory,
     train,
@@ -54,11 +54,11 @@ def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[
     """
     config = given.resolved()
     check_tracker(config.track)
-    check_launch(config)
+    deepspeed = read_deepspeed(config)
     keep_freed_memory()
     ranks = start_ranks(config.ddp_timeout)
     with lost_ranks_said("between two trainings"):
-        comparison = prepare(config, ranks, console)
+        comparison = prepare(config, ranks, console, deepspeed)
         announce(comparison)
         for seed, kind in product(config.seeds, config.mechanisms):
             if (kind, seed) in comparison.finished:
@@ -86,6 +86,9 @@ def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
     checkpoints = checkpoints_of(comparison, kind, seed)
     try:
         run = train_model(comparison, model, kind, seed, checkpoints)
+        started = time.perf_counter()
+        held = evaluate(comparison, model)
+        eval_seconds = time.perf_counter() - started
     except NonFiniteLoss as error:
         raise NonFiniteLoss(f"{kind}, seed {seed}: {error}") from None
     except (RuntimeError, MemoryError) as error:
@@ -94,9 +97,6 @@ def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
         del model
         what_to_do = out_of_memory(comparison, kind, seed, error)
         raise OutOfMemory(f"{kind}, seed {seed}: {what_to_do}") from None
-    started = time.perf_counter()
-    held = evaluate(comparison, model)
-    eval_seconds = time.perf_counter() - started
     peak = highest(ranks, memory.peak())
     result = Result(
         attention_type=kind,
@@ -128,16 +128,10 @@ def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
 
 def make_model(comparison: Comparison, kind: str, seed: int) -> nn.Module:
     """A GPT-2 of the preset's size; with --match parameters its MLP makes up for the mechanism's size."""
-    config, preset, tokenizer = comparison.config, PRESETS[comparison.config.preset], comparison.corpus.tokenizer
+    config, tokenizer = comparison.config, comparison.corpus.tokenizer
     options = attention_options(kind, config)
-    gpt2 = gpt2_config(
-        hidden_size=preset.hidden_size,
-        num_hidden_layers=preset.num_hidden_layers,
-        num_attention_heads=preset.num_attention_heads,
-        vocab_size=tokenizer.vocab_size,
-        max_position_embeddings=config.sequence_length,
-        eos_token_id=tokenizer.eos_id,
-    )
+    preset = replace(PRESETS[config.preset], vocab_size=tokenizer.vocab_size, sequence_length=config.sequence_length)
+    gpt2 = preset_config(preset, tokenizer.eos_id)
     if config.match == "parameters":
         gpt2.n_inner = matched_intermediate_size(kind, gpt2, **options)
     model = build_model(kind, gpt2, seed, **options)
@@ -159,8 +153,6 @@ def train_model(
     batches = comparison.batches(seed)
     plan = TrainingPlan(
         batch_at=batches.at,
-        rows_per_step=batches.batch_size,
-        tokens_per_step=batches.batch_size * config.sequence_length,
         steps=comparison.num_steps(),
         accumulation=comparison.accumulation,
         learning_rate=config.learning_rate,
@@ -168,7 +160,7 @@ def train_model(
         ranks=comparison.ranks,
         save_steps=config.save_steps,
         strategy=config.strategy,
-        deepspeed=deepspeed_settings(config.deepspeed_config) if config.deepspeed else None,
+        deepspeed=comparison.deepspeed,
     )
     tracker = config.track if comparison.ranks.is_main else "none"
     settings = {"attention_type": kind, "seed": seed}
@@ -197,7 +189,7 @@ def out_of_memory(comparison: Comparison, kind: str, seed: int, error: BaseExcep
     gc.collect()
     model = make_model(comparison, kind, seed)
     row = activation_bytes(model, comparison.config.sequence_length, comparison.precision.autocast())
-    rows = comparison.global_batch_size // comparison.ranks.count // comparison.accumulation
+    rows = comparison.rows_per_part
     strategy = comparison.environment["launch"]["strategy"].removeprefix("deepspeed ")
     memory = StepMemory.of(model, row, rows, strategy, comparison.ranks.count)
     return advice(error, memory, rows, comparison.accumulation)

@@ -14,6 +14,7 @@ from mka.distributed import Ranks
 from mka.experiments.environment import describe_environment
 from mka.experiments.folder import agree_with_folder, choose_folder, describe, identity, open_folder
 from mka.experiments.launch import accumulation, describe_launch
+from mka.results import flat
 from mka.training import Precision, choose_precision
 
 
@@ -29,6 +30,7 @@ class Comparison:
     environment: dict[str, Any]
     folder: Path
     console: Console
+    deepspeed: dict[str, Any] | None = None
     finished: frozenset[tuple[str, int]] = frozenset()
 
     @property
@@ -40,6 +42,11 @@ class Comparison:
     def accumulation(self) -> int:
         """Parts in which each rank takes its rows of a step."""
         return accumulation(self.global_batch_size, self.config.batch_size, self.ranks.count)
+
+    @property
+    def rows_per_part(self) -> int:
+        """Rows in one forward pass of one rank."""
+        return self.global_batch_size // self.ranks.count // self.accumulation
 
     def batches(self, seed: int) -> BlockBatches:
         """Rows of whole optimiser steps. Raises InputError if the train split does not fill one block."""
@@ -59,7 +66,9 @@ class Comparison:
         return min(epochs + ([] if config.max_steps is None else [config.max_steps]))
 
 
-def prepare(config: ResolvedConfig, ranks: Ranks, console: Console) -> Comparison:
+def prepare(
+    config: ResolvedConfig, ranks: Ranks, console: Console, deepspeed: dict[str, Any] | None = None
+) -> Comparison:
     """Tokens, folder, and what the ranks agree on. Collective.
 
     Raises InputError, before anything is written into the folder, for settings or data that cannot work.
@@ -69,7 +78,8 @@ def prepare(config: ResolvedConfig, ranks: Ranks, console: Console) -> Compariso
     with ranks.first_of_machine_first():
         corpus = prepare_tokens(load_corpus(config.dataset, config.text_path), config.tokenizer, vocab_size)
     description = describe(config, corpus.summary, precision.name, ranks.count)
-    ranks.check_same(identity(description) | asdict(config) | {"mka": mka.__version__, "torch": torch.__version__})
+    software = {"mka": mka.__version__, "torch": torch.__version__}
+    ranks.check_same(identity(description) | asdict(config) | flat({"deepspeed_config": deepspeed or {}}) | software)
     folder = choose_folder(config, description)
     description = ranks.on_main(lambda: agree_with_folder(folder, description, config.resume))
     comparison = Comparison(
@@ -81,10 +91,11 @@ def prepare(config: ResolvedConfig, ranks: Ranks, console: Console) -> Compariso
         environment=describe_environment(ranks.device, precision.name),
         folder=folder,
         console=console,
+        deepspeed=deepspeed,
     )
     comparison.held_out()
     comparison.batches(seed=0)
-    launch = describe_launch(config, ranks, comparison.accumulation)
+    launch = describe_launch(config, ranks, comparison.accumulation, deepspeed)
     environment = comparison.environment | {"launch": launch}
     finished = ranks.on_main(lambda: open_folder(folder, description, environment))
     return replace(comparison, environment=environment, finished=frozenset(finished))
@@ -103,9 +114,9 @@ def announce(comparison: Comparison) -> None:
     environment = comparison.environment
     say(f"Machine    {environment['processor']}, {environment['threads']} threads, {comparison.precision.name}")
     if comparison.ranks.count > 1:
-        rows = comparison.global_batch_size // comparison.ranks.count // comparison.accumulation
+        share = f"{comparison.rows_per_part} rows x {comparison.accumulation} parts on each"
         say(
             f"Ranks      {launch['world_size']} on {launch['machines']} machine(s), {launch['strategy']}; "
-            f"{comparison.global_batch_size} rows a step: {rows} rows x {comparison.accumulation} parts on each"
+            f"{comparison.global_batch_size} rows a step: {share}"
         )
     say(f"Results    {comparison.folder}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mka.config import PRESETS, InputError, ResolvedConfig
-from mka.results import read_results, results_path
+from mka.results import flat, read_results, results_path
 from mka.storage import sweep, write_json
 
 NOT_IDENTITY = (
@@ -96,14 +96,6 @@ def read_description(path: Path) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise InputError(f"{path} is not the config.json of a run; choose another --output_dir")
     return held
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def short(value: Any) -> str:

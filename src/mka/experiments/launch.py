@@ -8,23 +8,27 @@ from mka.distributed import Ranks
 from mka.training import deepspeed_settings
 
 
-def check_launch(config: ResolvedConfig) -> None:
-    """Raises InputError for what can be known to fail before the ranks have met."""
-    if config.deepspeed:
-        deepspeed_settings(config.deepspeed_config)
-        if "RANK" not in os.environ:
-            command = "deepspeed src/experiments/benchmark.py --deepspeed"
-            raise InputError(f"--deepspeed needs a launcher; start it as {command}, or by torchrun")
+def read_deepspeed(config: ResolvedConfig) -> dict[str, Any] | None:
+    """DeepSpeed's settings, if it is to be used. Raises InputError for what is known to fail before the ranks meet."""
+    if not config.deepspeed:
+        return None
+    settings = deepspeed_settings(config.deepspeed_config)
+    if "RANK" not in os.environ:
+        command = "deepspeed src/experiments/benchmark.py --deepspeed"
+        raise InputError(f"--deepspeed needs a launcher; start it as {command}, or by torchrun")
+    return settings
 
 
-def describe_launch(config: ResolvedConfig, ranks: Ranks, parts: int) -> dict[str, Any]:
+def describe_launch(
+    config: ResolvedConfig, ranks: Ranks, parts: int, deepspeed: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What started the ranks, how many there are and what they do with the model, ready for JSON."""
     machines = ranks.count // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)))
     return {
         "started_by": started_by(),
         "world_size": ranks.count,
         "machines": machines,
-        "strategy": strategy_name(config, ranks),
+        "strategy": strategy_name(config, ranks, deepspeed),
         "gradient_accumulation_steps": parts,
         "gradient_checkpointing": config.gradient_checkpointing,
     }
@@ -37,9 +41,9 @@ def started_by() -> str:
     return "deepspeed" if "CROSS_RANK" in os.environ else "python"
 
 
-def strategy_name(config: ResolvedConfig, ranks: Ranks) -> str:
-    if config.deepspeed:
-        return f"deepspeed zero{deepspeed_settings(config.deepspeed_config)['zero_optimization']['stage']}"
+def strategy_name(config: ResolvedConfig, ranks: Ranks, deepspeed: dict[str, Any] | None) -> str:
+    if deepspeed is not None:
+        return f"deepspeed zero{deepspeed['zero_optimization']['stage']}"
     return config.strategy if ranks.count > 1 else "one process"
 
 

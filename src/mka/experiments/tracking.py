@@ -33,6 +33,8 @@ def tracked(
     tracker.store_init_configuration(settings)
 
     def on_step(run: TrainingRun) -> None:
+        if len(run.losses) == 1:
+            tracker.log({"eval/loss": run.curve[0].eval_loss}, step=0)
         values = {"train/loss": run.losses[-1], "train/tokens": run.tokens}
         if run.curve and run.curve[-1].step == len(run.losses) and run.curve[-1].eval_loss is not None:
             values["eval/loss"] = run.curve[-1].eval_loss

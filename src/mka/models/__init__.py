@@ -7,6 +7,7 @@ from mka.models.gpt2 import (
     gpt2_config,
     matched_intermediate_size,
     mechanisms,
+    preset_config,
 )
 from mka.models.loss import next_token_loss
 
@@ -18,4 +19,5 @@ __all__ = [
     "matched_intermediate_size",
     "mechanisms",
     "next_token_loss",
+    "preset_config",
 ]

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from mka.attention import CausalAttention, build_attention
+from mka.config import Preset
 
 PADDING_MASK = "mka_padding_mask"
 
@@ -65,6 +66,18 @@ def gpt2_config(
         attn_pdrop=0.0,
         use_cache=False,
         bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+    )
+
+
+def preset_config(preset: Preset, eos_token_id: int = 0) -> GPT2Config:
+    """The configuration of a preset's size."""
+    return gpt2_config(
+        hidden_size=preset.hidden_size,
+        num_hidden_layers=preset.num_hidden_layers,
+        num_attention_heads=preset.num_attention_heads,
+        vocab_size=preset.vocab_size,
+        max_position_embeddings=preset.sequence_length,
         eos_token_id=eos_token_id,
     )
 

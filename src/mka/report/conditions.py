@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mka.config import ATTENTION_TITLES
-from mka.results import Result
+from mka.results import Result, flat
 
 # Said elsewhere in the report (the rows, the seeds), or where the folder was.
 NOT_LISTED = ("attention_type", "seeds", "output_dir")
@@ -23,14 +23,6 @@ def counts(row: Result) -> dict[str, Any]:
     """What a run counted; steps skipped (by float16's loss scaling) only where there were any."""
     skipped = {"skipped steps": row.skipped_steps} if row.skipped_steps else {}
     return {"tokens trained on": row.train_tokens, "tokens evaluated": row.eval_tokens, **skipped}
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def value_of(key: str, settings: Iterable[tuple[str, Mapping[str, Any]]]) -> str:

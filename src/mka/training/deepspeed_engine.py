@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from mka.distributed import Ranks
 from mka.models import next_token_loss
 from mka.training.engine import MOMENTS, Tensors, received, stored, whole
+from mka.training.nonfinite import NonFiniteGradient
 from mka.training.optimizer import MAX_GRAD_NORM, build_optimizer
 from mka.training.precision import Precision
 
@@ -86,6 +87,8 @@ class DeepSpeedEngine:
         skipped = not self.engine.was_step_applied()
         if self.precision.name == "float16":
             self.adjust_scale(skipped)
+        elif skipped:
+            raise NonFiniteGradient("a gradient is not finite")
         return skipped
 
     def adjust_scale(self, skipped: bool) -> None:

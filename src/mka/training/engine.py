@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mka.distributed import Ranks
 from mka.models import next_token_loss
+from mka.training.nonfinite import NonFiniteGradient
 from mka.training.optimizer import MAX_GRAD_NORM, build_optimizer
 from mka.training.precision import Precision
 
@@ -33,7 +34,11 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float) -> bool:
-        """Clip, step and clear the gradients; True if float16's gradients overflowed and the step was skipped."""
+        """Clip, step and clear the gradients; True if float16's gradients overflowed and the step was skipped.
+
+        Raises NonFiniteGradient, before the step, if a gradient is not finite in another precision: clipping would
+        spread it over all weights.
+        """
         ...
 
     def state(self) -> tuple[Tensors, Tensors, dict[str, Any]]:
@@ -55,9 +60,8 @@ class TorchEngine:
         self.scaler = precision.scaler()
         self.wrapped: nn.Module | None = model
         if ranks.accelerator is not None and ranks.count > 1:
-            self.wrapped = (
-                fully_sharded(model, precision) if strategy == "fsdp" else None
-            )  # DDP waits for the first rows
+            # DDP waits for the first rows.
+            self.wrapped = fully_sharded(model, precision) if strategy == "fsdp" else None
         self.optimizer = build_optimizer(model, learning_rate)
 
     def gradients(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -96,7 +100,9 @@ class TorchEngine:
             group["lr"] = learning_rate
         scale = self.scaler.get_scale()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        if not self.scaler.is_enabled() and not whole(norm).isfinite():
+            raise NonFiniteGradient("a gradient is not finite")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

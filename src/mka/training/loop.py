@@ -16,7 +16,7 @@ from mka.results import CurvePoint
 from mka.training.checkpoint import Checkpoint, Checkpoints
 from mka.training.engine import Engine, TorchEngine, stored
 from mka.training.interruption import Interrupted, StopRequest, stop_request
-from mka.training.nonfinite import NonFiniteLoss, explain
+from mka.training.nonfinite import NonFiniteGradient, NonFiniteLoss, explain
 from mka.training.optimizer import learning_rate_at
 from mka.training.precision import Precision
 
@@ -34,8 +34,6 @@ class TrainingPlan:
     settings of DeepSpeed's engine, which then takes the place of `strategy`."""
 
     batch_at: Callable[[int], Tensor]
-    rows_per_step: int
-    tokens_per_step: int
     steps: int
     accumulation: int
     learning_rate: float
@@ -107,15 +105,15 @@ def train(
                     saved = done
             if stop:
                 raise Interrupted(stop, f"after step {done} of {plan.steps}")
-        late = agreed_signal(plan.ranks, request)  # one that came after the last step's exchange
+        # One that came after the last step's exchange.
+        late = signal_of(*plan.ranks.sum((request.got(SIGTERM), request.got(SIGINT))))
         if late:
             raise Interrupted(late, f"after step {plan.steps} of {plan.steps}")
     return run
 
 
-def agreed_signal(ranks: Ranks, request: StopRequest) -> int:
-    """The signal that any rank got, or 0. Collective."""
-    terminated, interrupted = ranks.sum((request.got(SIGTERM), request.got(SIGINT)))
+def signal_of(terminated: float, interrupted: float) -> int:
+    """On which signal to stop, given how many ranks got each; or 0."""
     return SIGTERM if terminated else SIGINT if interrupted else 0
 
 
@@ -126,7 +124,7 @@ def make_engine(model: nn.Module, plan: TrainingPlan) -> Engine:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns, on every rank, that it had to guess
     from mka.training.deepspeed_engine import DeepSpeedEngine
 
-    rows = plan.rows_per_step // plan.ranks.count // plan.accumulation
+    rows = len(plan.parts_at(0)[0])
     return DeepSpeedEngine(
         model, plan.learning_rate, plan.precision, plan.ranks, plan.deepspeed, rows, plan.accumulation
     )
@@ -146,13 +144,16 @@ def take_step(
     if not math.isfinite(loss):
         layer = explain(model, parts, losses, plan.precision.autocast(), plan.ranks)
         raise NonFiniteLoss(f"the loss at step {step + 1} is {loss}; {layer}; {ADVICE}")
-    run.skipped_steps += engine.step(learning_rate_at(step, plan.steps, plan.learning_rate))
+    try:
+        run.skipped_steps += engine.step(learning_rate_at(step, plan.steps, plan.learning_rate))
+    except NonFiniteGradient as error:
+        raise NonFiniteLoss(f"at step {step + 1} {error}, the loss is {loss:.4g}; {ADVICE}") from None
     if plan.ranks.device.type == "cuda":
         torch.cuda.synchronize(plan.ranks.device)
     run.losses.append(loss)
     run.seconds += time.perf_counter() - started
-    run.tokens += plan.tokens_per_step
-    return SIGTERM if terminated else SIGINT if interrupted else 0
+    run.tokens += plan.ranks.count * sum(part[:, 1:].numel() for part in parts)
+    return signal_of(terminated, interrupted)
 
 
 def check_finite(loss: float, what: str) -> float:

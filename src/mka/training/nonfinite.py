@@ -14,6 +14,10 @@ class NonFiniteLoss(RuntimeError):
     """The loss was NaN or infinite; the optimiser has not stepped on it."""
 
 
+class NonFiniteGradient(RuntimeError):
+    """A gradient was NaN or infinite where nothing scales the loss; the optimiser has not stepped on it."""
+
+
 @torch.no_grad()
 def first_nonfinite_layer(model: nn.Module, tokens: Tensor, autocast: AbstractContextManager) -> str | None:
     """The name of the first module, in the order they finish, whose output holds a NaN or an infinity."""
