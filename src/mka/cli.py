@@ -49,12 +49,26 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`mka`; returns the exit status."""
-    return dispatch(Command, "mka", arguments)
+    return leave(dispatch(Command, "mka", arguments))
 
 
 def bench(arguments: Sequence[str] | None = None) -> int:
     """`python src/experiments/benchmark.py`; returns the exit status."""
-    return dispatch(BenchmarkConfig, "benchmark.py", arguments)
+    return leave(dispatch(BenchmarkConfig, "benchmark.py", arguments))
+
+
+def leave(status: int) -> int:
+    """The status; a rank that stops before its group was dissolved ends here.
+
+    gloo's threads still run then, and one that wants Python's lock while the interpreter is closing aborts the
+    process: its status would be that of SIGABRT. Joining them could wait for a rank that does not answer.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized() and distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def dispatch(form: Any, program: str, arguments: Sequence[str] | None) -> int:
