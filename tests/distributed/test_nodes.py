@@ -45,7 +45,6 @@ def machines() -> Iterator[tuple[str, str]]:
         subprocess.run(["ip", "link", "del", cable[0]], check=False, capture_output=True)  # not yet in a namespace
 
 
-@pytest.mark.slow
 def test_two_machines_train_one_model(machines: tuple[str, str], tmp_path: Path, corpus: Path) -> None:
     options = ["--preset", "tiny", "--dataset", "text", "--text_path", corpus, "--attention_type", "fmka"]
     options += ["--max_steps", 4, "--output_dir", "run"]

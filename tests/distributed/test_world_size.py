@@ -40,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> list[float]
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
-        pytest.param(2, (), id="ddp on 2", marks=pytest.mark.slow),
+        pytest.param(2, (), id="ddp on 2"),
         pytest.param(4, (), id="ddp on 4", marks=pytest.mark.slow),
         pytest.param(2, ("--strategy", "fsdp"), id="fsdp on 2", marks=pytest.mark.slow),
         pytest.param(

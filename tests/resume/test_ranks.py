@@ -28,7 +28,7 @@ def test_one_rank_is_killed(whole_on_two: Case, case_on_two: Case, number: int) 
     killed = case_on_two.start(Instant(function, call, moment, rank=rank))
     assert killed.struck, killed.printed
     assert killed.statuses[1 - rank] == 1, killed.printed
-    assert "Traceback" not in killed.printed
+    assert "Traceback" not in killed.printed, killed.printed
     case_on_two.go_on()
     assert case_on_two.outcome() == whole_on_two.outcome()
 

@@ -69,7 +69,8 @@ def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[
             result = run_one(comparison, kind, seed)
             if ranks.is_main:
                 on_result(result)
-    ranks.part()
+    with lost_ranks_said("at the end of the run"):
+        ranks.part()
     return comparison.folder
 
 

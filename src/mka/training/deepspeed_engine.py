@@ -55,7 +55,7 @@ class DeepSpeedEngine:
             "gradient_clipping": MAX_GRAD_NORM,
             "zero_allow_untested_optimizer": True,
         }
-        warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         self.model, self.precision, self.ranks = model, precision, ranks
         self.engine: Any
         self.optimizer: Any  # ZeRO's, around the AdamW in its attribute `optimizer`
