@@ -15,8 +15,17 @@ def rule(t: int, chunk_size: int, window: int) -> list[int]:
 
 
 def brute_force(
-    queries: Tensor, summaries: Tensor, *, chunk_size: int, window: int, top_k: int, later_wins: bool = False
+    queries: Tensor,
+    summaries: Tensor,
+    at: Tensor | None = None,
+    *,
+    chunk_size: int,
+    window: int,
+    top_k: int,
+    later_wins: bool = False,
 ) -> Retrieved:
+    """The whole row at once: `at`, the token indices of a call with a state, is None."""
+    assert at is None
     batch, tokens, groups, _ = queries.shape
     index = torch.zeros(batch, tokens, groups, top_k, dtype=torch.long)
     found = torch.zeros_like(index, dtype=torch.bool)

@@ -7,6 +7,7 @@ import torch
 
 import checks
 from mka.attention import CausalAttention, FastMemoryKeyedAttention, MemoryKeyedAttention
+from mka.memory.longterm import chunk_means
 
 WINDOW, CHUNK, TOKENS, PLANTED = 8, 4, 40, 1
 every_memory_kind = pytest.mark.parametrize("kind", ["mka", "fmka"])
@@ -50,7 +51,7 @@ def test_one_retrieved_chunk_is_the_one_whose_key_answers_the_query() -> None:
     q[0, -1] = 1.0
     k[0, 2 * CHUNK : 3 * CHUNK, 0] = 1.0
     k[0, 5 * CHUNK : 6 * CHUNK, 1] = 1.0
-    assert attn.retrieve(q, k).chunk[0, -1].flatten().tolist() == [2, 5]
+    assert attn.retrieve(q, chunk_means(k, CHUNK)).chunk[0, -1].flatten().tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("kind", ["mka", "fmka"])
@@ -76,7 +77,8 @@ def test_fused_keys_are_final_when_written() -> None:
     def fused(tokens: int) -> torch.Tensor:
         part = x[:, :tokens]
         q = attn.heads(attn.q_proj, part)
-        return attn.fuse(part, attn.router(q, attn.levels_at(tokens, 0, x.device)))
+        t = torch.arange(tokens)[None]
+        return attn.fuse(part, t, attn.router(q, attn.levels_at(t, 0)), None)
 
     for tokens in (1, CHUNK, WINDOW + CHUNK, TOKENS - 1):
         checks.close(fused(tokens), fused(TOKENS)[:, :tokens])

@@ -129,12 +129,6 @@ def test_positions_default_to_the_count_of_valid_tokens(kind: str, variant: str)
 
 
 @every_case
-def test_a_state_is_refused_until_decoding_exists(kind: str, variant: str) -> None:
-    with pytest.raises(NotImplementedError, match="state=None"):
-        checks.make(kind, variant)(checks.rows(1, 3), state=object())
-
-
-@every_case
 def test_the_signature_is_small(kind: str, variant: str) -> None:
     attn = checks.make(kind, variant)
     assert isinstance(attn, CausalAttention)

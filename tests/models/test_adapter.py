@@ -1,4 +1,4 @@
-"""The adapter speaks to any mechanism by the contract, and refuses a cache until decoding exists."""
+"""The adapter speaks to any mechanism by the contract."""
 
 import inspect
 import re
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from checks import close, rows
 from mka.attention import ATTENTION_TYPES, CausalAttention
+from mka.memory.state import Entry, State
 from mka.models import AttentionAdapter, build_model, gpt2, gpt2_config
 
 CONFIG = gpt2_config(
@@ -23,15 +24,15 @@ class Running(CausalAttention):
     def __init__(self) -> None:
         super().__init__(16, 4, 4, None, False, None)
 
-    def mix(self, x: Tensor, positions: Tensor) -> Tensor:
+    def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
         return x.cumsum(1)
 
     @property
     def num_parameters(self) -> int:
         return 0
 
-    def state_numbers(self, num_tokens: int) -> int:
-        return self.hidden_size
+    def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
+        return {"sum": Entry((self.hidden_size,), dtype, latest=1)}
 
     def flops_per_token(self, context: int) -> int:
         return self.hidden_size
@@ -57,14 +58,6 @@ def test_the_adapter_knows_no_mechanism() -> None:
     # In the whole file only mha has a part: it is what the others are matched to.
     quoted = re.findall(r'"([a-z0-9_]+)"', inspect.getsource(gpt2))
     assert [name for name in quoted if name in ATTENTION_TYPES] == ["mha"]
-
-
-@pytest.mark.parametrize("kind", ATTENTION_TYPES)
-def test_a_cache_is_refused(kind: str) -> None:
-    model = build_model(kind, CONFIG)
-    with pytest.raises(NotImplementedError, match="state=None"):
-        model(TOKENS, use_cache=True)
-    assert model(TOKENS).past_key_values is None
 
 
 @pytest.mark.parametrize("kind", ATTENTION_TYPES)

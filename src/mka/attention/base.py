@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mka.config import check_at_least, check_heads
+from mka.memory.local import token_index
 from mka.memory.router import Router
+from mka.memory.state import Entry, State
 from mka.ops.packing import packing
 from mka.ops.rotary import RotaryEmbedding
 
@@ -16,7 +18,7 @@ class CausalAttention(nn.Module, ABC):
 
         y, state = attn(x, positions=None, valid=None, state=None)
 
-    A mechanism implements `mix` on rows without padding, and its three cost functions.
+    A mechanism implements `mix` on rows without padding, what a state keeps for it, and its two cost functions.
     """
 
     def __init__(
@@ -40,43 +42,65 @@ class CausalAttention(nn.Module, ABC):
         self.rotary = rotary
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, valid: Tensor | None = None, state: None = None
-    ) -> tuple[Tensor, None]:
+        self, x: Tensor, positions: Tensor | None = None, valid: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
         """Attend; outputs at padding are zeros.
 
         Args:
             x: (B, T, C), normalised by the block.
             positions: (B, T) or (T,), the place of each valid token in its own row; only rotary embeddings read them.
-                Default: valid tokens counted from 0.
+                Default: valid tokens counted from 0, those of the state included.
             valid: (B, T) bool, False for padding, wherever it stands in a row. Default: all valid.
-            state: None; decoding with a carried state is not part of this version.
+            state: what `initial_state` gave, or an earlier call returned: x goes on where that call ended.
+                None: nothing comes before, and nothing is kept.
 
         Returns:
-            y (B, T, C) and None, the place of the state.
+            y (B, T, C) and the state to go on with, None without one. Raises ValueError for a state of another
+            mechanism, of other options or with another number of rows.
         """
+        batch, tokens = x.shape[:2]
+        if not tokens:
+            return torch.zeros_like(x), state
         if state is not None:
-            raise NotImplementedError("decoding with a state is not available yet; pass state=None")
+            state.check(type(self).__name__, self.state_entries(x.dtype), batch)
+            counts = [tokens] * batch if valid is None else valid.sum(1).tolist()
+            state.begin(counts)
+            if counts == [tokens] * batch:
+                valid = None
+        counted = token_index(x, state)
         if valid is None:
-            return self.mix(x, torch.arange(x.shape[1], device=x.device) if positions is None else positions), None
+            return self.mix(x, counted if positions is None else positions, state), state
         rows = packing(valid)
-        if positions is None:
-            packed_positions = torch.arange(x.shape[1], device=x.device)
-        else:
-            packed_positions = rows.pack(positions.expand(valid.shape))
-        return rows.unpack(self.mix(rows.pack(x), packed_positions)), None
+        packed = counted if positions is None else rows.pack(positions.expand(valid.shape))
+        return rows.unpack(self.mix(rows.pack(x), packed, state)), state
 
     @abstractmethod
-    def mix(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (B, T, C) without padding, positions (T,) or (B, T) -> y (B, T, C)."""
+    def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
+        """x (B, T, C) without padding, positions (T,) or (B or 1, T) -> y (B, T, C)."""
+
+    @abstractmethod
+    def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
+        """The stores of a state, keys and values in `dtype`, sums and means in float32 or better."""
+
+    def initial_state(
+        self,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        reversible: int = 0,
+    ) -> State:
+        """The state of rows that have seen nothing. dtype and device None: the module's own.
+
+        `reversible`: how many of the latest tokens can be taken back, where the state is bounded.
+        """
+        weight = next(self.parameters())
+        entries = self.state_entries(dtype or weight.dtype)
+        return State(type(self).__name__, entries, batch_size, device or weight.device, reversible)
 
     @property
     @abstractmethod
     def num_parameters(self) -> int:
         """Parameters, computed from the configuration."""
-
-    @abstractmethod
-    def state_numbers(self, num_tokens: int) -> int:
-        """Floating-point numbers that decoding must keep for one row of `num_tokens` tokens."""
 
     @abstractmethod
     def flops_per_token(self, context: int) -> int:
@@ -85,10 +109,12 @@ class CausalAttention(nn.Module, ABC):
         The token is the last of `context` tokens; keys and values are computed once per token.
         """
 
-    def state_nbytes(self, batch_size: int, num_tokens: int, dtype: torch.dtype | None = None) -> int:
+    def state_nbytes(
+        self, batch_size: int, num_tokens: int, dtype: torch.dtype | None = None, reversible: int = 0
+    ) -> int:
         """Bytes of the state of `batch_size` rows of `num_tokens` tokens in `dtype` (None: the module's own)."""
-        dtype = dtype or next(self.parameters()).dtype
-        return batch_size * self.state_numbers(num_tokens) * dtype.itemsize
+        entries = self.state_entries(dtype or next(self.parameters()).dtype).values()
+        return batch_size * sum(entry.nbytes(num_tokens, reversible) for entry in entries)
 
     def init_weights(self, std: float, residual_std: float) -> None:
         """GPT-2's initialisation: normal weights, zero biases, the projection into the residual stream scaled."""

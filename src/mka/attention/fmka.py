@@ -14,13 +14,15 @@ B rows, T tokens, C hidden size, H query heads, G key/value heads, D = C / H, c 
 M = 3 levels.
 """
 
+import torch
 from torch import Tensor, nn
 
 from mka.attention.grouped import MemoryAttention
 from mka.config import SessionDecay, check_at_least
-from mka.memory.longterm import chunk_means, read_summaries, retrieve
+from mka.memory.local import attend_local, token_index
+from mka.memory.longterm import chunk_entries, chunk_means, read_summaries, retrieve, state_chunk_means
 from mka.memory.router import LOCAL, LONG_TERM, SESSION
-from mka.ops.attend import attend_causal
+from mka.memory.state import Entry, State
 from mka.ops.rotary import RotaryEmbedding
 
 
@@ -56,42 +58,55 @@ class FastMemoryKeyedAttention(MemoryAttention):
             self.index_q_proj = nn.Linear(hidden_size, index_size, bias=False)
             self.index_k_proj = nn.Linear(hidden_size, index_size, bias=False)
 
-    def mix(self, x: Tensor, positions: Tensor) -> Tensor:
+    def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
         """Query, memories, route, fuse, attend, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
-        q = self.heads(self.q_proj, x)
-        f = self.fuse(x, self.router(q, self.levels_at(x.shape[1], 0, x.device)))
+        q, t = self.heads(self.q_proj, x), token_index(x, state)
+        f = self.fuse(x, t, self.router(q, self.levels_at(t, 0)), state)
         k, v = self.heads(self.k_proj, f), self.heads(self.v_proj, f)
-        o = attend_causal(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window)
+        o = attend_local(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window, state)
         return self.o_proj(o.flatten(2))
 
-    def fuse(self, x: Tensor, weights: Tensor) -> Tensor:
+    def fuse(self, x: Tensor, t: Tensor, weights: Tensor, state: State | None) -> Tensor:
         """f (B, T, C): the mix, by the router's weights (B, T, M), of the levels at every token."""
         f = weights[..., LOCAL, None] * x
         if self.session is not None:
-            f = f + weights[..., SESSION, None] * self.session(x)
-        if self.num_candidates(x.shape[1]):
-            f = f + weights[..., LONG_TERM, None] * self.read_long_term(x)
+            f = f + weights[..., SESSION, None] * self.session(x, state)
+        if self.top_k and (r := self.read_long_term(x, t, state)) is not None:
+            f = f + weights[..., LONG_TERM, None] * r
         return f.to(x.dtype)
 
-    def read_long_term(self, x: Tensor) -> Tensor:
-        """r (B, T, C)."""
-        means = chunk_means(x, self.chunk_size)
-        u, keys = self.index_q_proj(x), self.index_k_proj(means.to(x.dtype))
+    def read_long_term(self, x: Tensor, t: Tensor, state: State | None) -> Tensor | None:
+        """r (B, T, C); None where no token has a candidate."""
+        means, keys = self.summaries(x, state)
+        if not self.num_candidates(x.shape[1] if state is None else max(state.lengths)):
+            return None
+        u = self.index_q_proj(x)
         limits = {"chunk_size": self.chunk_size, "window": self.local_window or 0, "top_k": self.top_k}
-        return read_summaries(u, keys, means, retrieve(u.unsqueeze(2), keys.unsqueeze(2), **limits))
+        at = None if state is None else t
+        return read_summaries(u, keys, means, retrieve(u.unsqueeze(2), keys.unsqueeze(2), at, **limits))
+
+    def summaries(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor]:
+        """S (B, J, C) and s (B, J, E) of the completed chunks, those of the state included."""
+        if state is None:
+            means = chunk_means(x, self.chunk_size)
+            return means, self.index_k_proj(means.to(x.dtype))
+        means, fresh = state_chunk_means(x, self.chunk_size, state)
+        state.write("index_key", self.index_k_proj(fresh.to(x.dtype)))
+        return means, state.all("index_key")
 
     @property
     def num_parameters(self) -> int:
         return super().num_parameters + 2 * self.hidden_size * self.index_size * bool(self.top_k)
 
-    def state_numbers(self, num_tokens: int) -> int:
-        """k and v in the window, m and its count, the open chunk's sum, S_j and s_j of the completed chunks."""
-        numbers = super().state_numbers(num_tokens)
+    def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
+        """k and v in the window, m, the open chunk's sum, S_j and s_j of the completed chunks."""
+        entries = super().state_entries(dtype)
         if self.session is not None:
-            numbers += self.hidden_size + 1
+            entries |= self.session.entries(self.hidden_size, dtype)
         if self.top_k:
-            numbers += self.hidden_size + (num_tokens // self.chunk_size) * (self.hidden_size + self.index_size)
-        return numbers
+            entries |= chunk_entries((self.hidden_size,), dtype, self.chunk_size)
+            entries["index_key"] = Entry((self.index_size,), dtype, every=self.chunk_size)
+        return entries
 
     def flops_per_token(self, context: int) -> int:
         flops, candidates = super().flops_per_token(context), self.num_candidates(context)

@@ -13,7 +13,8 @@ G key/value heads, D = C / H.
 from torch import Tensor
 
 from mka.attention.grouped import GroupedAttention
-from mka.ops.attend import attend_causal
+from mka.memory.local import attend_local
+from mka.memory.state import State
 from mka.ops.rotary import RotaryEmbedding
 
 
@@ -32,9 +33,9 @@ class GroupedQueryAttention(GroupedAttention):
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, bias, rotary)
 
-    def mix(self, x: Tensor, positions: Tensor) -> Tensor:
+    def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
         q, k, v = self.heads(self.q_proj, x), self.heads(self.k_proj, x), self.heads(self.v_proj, x)
-        o = attend_causal(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window)
+        o = attend_local(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window, state)
         return self.o_proj(o.flatten(2))
 
 

@@ -5,9 +5,11 @@ from torch import Tensor, nn
 
 from mka.attention.base import CausalAttention
 from mka.config import InputError, SessionDecay, check_at_least, check_memory
+from mka.memory.local import local_entries
 from mka.memory.longterm import num_candidates
 from mka.memory.router import LOCAL, LONG_TERM, NUM_LEVELS, SESSION, Router
 from mka.memory.session import SessionAverage
+from mka.memory.state import Entry
 from mka.ops.rotary import RotaryEmbedding
 
 
@@ -41,9 +43,9 @@ class GroupedAttention(CausalAttention):
         c, kv = self.hidden_size, self.kv_size
         return self.linear_parameters((c, c), (c, kv), (c, kv), (c, c))
 
-    def state_numbers(self, num_tokens: int) -> int:
+    def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
         """k and v of the tokens in the window."""
-        return 2 * self.kv_size * self.keys_attended(num_tokens)
+        return local_entries(("k", "v"), (self.num_kv_heads, self.head_dim), dtype, self.local_window)
 
     def flops_per_token(self, context: int) -> int:
         c = self.hidden_size
@@ -79,14 +81,14 @@ class MemoryAttention(GroupedAttention):
         self.session = None if session_decay is None else SessionAverage(hidden_size, session_decay)
         self.router = Router(hidden_size, self.router_size)
 
-    def levels_at(self, tokens: int, first_session: int, device: torch.device) -> Tensor:
-        """(T, M) bool: the levels that exist at each token; the session has something to offer from `first_session`."""
-        t = torch.arange(tokens, device=device)
-        exists = torch.zeros(tokens, NUM_LEVELS, dtype=torch.bool, device=device)
-        exists[:, LOCAL] = True
-        exists[:, SESSION] = (t >= first_session) & (self.session is not None)
+    def levels_at(self, t: Tensor, first_session: int) -> Tensor:
+        """(B or 1, T, M) bool: the levels that exist at token indices t; the session has something to offer from
+        `first_session`."""
+        exists = torch.zeros(*t.shape, NUM_LEVELS, dtype=torch.bool, device=t.device)
+        exists[..., LOCAL] = True
+        exists[..., SESSION] = (t >= first_session) & (self.session is not None)
         if self.top_k:
-            exists[:, LONG_TERM] = num_candidates(t, self.chunk_size, self.local_window or 0) > 0
+            exists[..., LONG_TERM] = num_candidates(t, self.chunk_size, self.local_window or 0) > 0
         return exists
 
     def num_candidates(self, context: int) -> int:

@@ -18,10 +18,24 @@ from torch.nn.functional import pad
 
 from mka.attention.grouped import MemoryAttention
 from mka.config import SessionDecay, check_at_least
-from mka.memory.longterm import Retrieved, chunk_mask, chunk_means, retrieve
+from mka.memory.local import attend_local, local_entries, token_index
+from mka.memory.longterm import (
+    Retrieved,
+    attend_chunks,
+    chunk_entries,
+    chunk_mask,
+    chunk_means,
+    retrieve,
+    state_chunk_means,
+)
 from mka.memory.router import LOCAL, LONG_TERM, SESSION
-from mka.ops.attend import attend_causal, attend_masked
+from mka.memory.session import slot_columns
+from mka.memory.state import Entry, State
+from mka.ops.attend import attend_at, attend_causal, attend_masked
 from mka.ops.rotary import RotaryEmbedding
+
+TOKENS, LOCAL_TOKENS, SLOTS = ("k", "v"), ("local_k", "local_v"), ("slot_k", "slot_v")
+"""Names of a state's stores, keys and values."""
 
 
 class MemoryKeyedAttention(MemoryAttention):
@@ -55,60 +69,108 @@ class MemoryKeyedAttention(MemoryAttention):
         check_at_least("session_stride", session_stride, 1)
         self.session_stride = session_stride
 
-    def mix(self, x: Tensor, positions: Tensor) -> Tensor:
+    def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
         """Query, route, three reads, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
         q, k, v = self.heads(self.q_proj, x), self.heads(self.k_proj, x), self.heads(self.v_proj, x)
-        weights = self.router(q, self.levels_at(x.shape[1], self.session_stride - 1, x.device)).to(q.dtype)
-        o = weights[..., LOCAL, None, None] * self.read_local(q, k, v, positions)
-        if self.session is not None and x.shape[1] >= self.session_stride:
-            o = o + weights[..., SESSION, None, None] * self.read_session(q, self.session(x), positions)
-        if self.num_candidates(x.shape[1]):
-            o = o + weights[..., LONG_TERM, None, None] * self.read_long_term(q, k, v)
+        levels = self.levels_at(token_index(x, state), self.session_stride - 1)
+        weights = self.router(q, levels).to(q.dtype)
+        o = weights[..., LOCAL, None, None] * self.read_local(q, k, v, positions, state)
+        if self.session is not None:
+            m = self.session(x, state)
+            read = self.read_session(q, m, positions) if state is None else self.read_slots(q, m, positions, state)
+            o = o + weights[..., SESSION, None, None] * read
+        if self.top_k:
+            read = self.read_long_term(q, k, v) if state is None else self.read_chunks(q, k, v, state)
+            o = o + weights[..., LONG_TERM, None, None] * read
         return self.o_proj(o.flatten(2))
 
-    def read_local(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    def read_local(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None) -> Tensor:
         """a_1 (B, T, H, D)."""
-        return attend_causal(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window)
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        return attend_local(q, k, v, self.local_window, state, self.local_stores)
 
     def read_session(self, q: Tensor, m: Tensor, positions: Tensor) -> Tensor:
         """a_2 (B, T, H, D). Slot i is the average at token (i + 1) stride - 1, visible from there on; before, zeros."""
         first, stride = self.session_stride - 1, self.session_stride
-        slots = m[:, first::stride].to(self.k_proj.weight.dtype)
-        k, v = self.heads(self.k_proj, slots), self.heads(self.v_proj, slots)
-        q, k = self.rotate(q, positions)[:, first:], self.rotate(k, positions[..., first::stride])
+        if q.shape[1] <= first:
+            return torch.zeros_like(q)
+        k, v = self.slots(m[:, first::stride], positions[..., first::stride])
+        q = self.rotate(q, positions)[:, first:]
         if stride == 1:
             return attend_causal(q, k, v)
         t = torch.arange(q.shape[1], device=m.device)
         return pad(attend_masked(q, k, v, t[::stride] <= t[:, None]), (0, 0, 0, 0, first, 0))
+
+    def read_slots(self, q: Tensor, m: Tensor, positions: Tensor, state: State) -> Tensor:
+        """a_2 with the slots of the state."""
+        stride, rows = self.session_stride, torch.arange(q.shape[0], device=q.device)[:, None]
+        columns = slot_columns(stride, q.shape[1], state)
+        for name, x in zip(
+            SLOTS, self.slots(m[rows, columns], positions.expand(m.shape[:2])[rows, columns]), strict=True
+        ):
+            state.write(name, x)
+        k, v = (state.all(name) for name in SLOTS)
+        if not k.shape[1]:
+            return torch.zeros_like(q)
+        last_token = torch.arange(stride - 1, k.shape[1] * stride, stride, device=q.device)
+        return attend_at(self.rotate(q, positions), k, v, token_index(q, state), last_token[None])
+
+    def slots(self, m: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (B, N, G, D) of averages m (B, N, C)."""
+        m = m.to(self.k_proj.weight.dtype)
+        return self.rotate(self.heads(self.k_proj, m), positions), self.heads(self.v_proj, m)
 
     def read_long_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """a_3 (B, T, H, D); zeros before the first token that has a candidate.
 
         Every retrieved key stands at the same distance, the window's edge.
         """
-        window, tokens = self.local_window or 0, q.shape[1]
-        first, reach = window + self.chunk_size - 1, self.num_candidates(tokens) * self.chunk_size
-        retrieved = self.retrieve(q, k)
-        mask = chunk_mask(Retrieved(*(x[:, first:] for x in retrieved)), reach // self.chunk_size, self.chunk_size)
-        edge = torch.tensor([window], device=q.device)
-        read = attend_masked(self.rotate(q[:, first:], edge), k[:, :reach], v[:, :reach], mask)
+        window, chunks = self.local_window or 0, self.num_candidates(q.shape[1])
+        first, reach = window + self.chunk_size - 1, chunks * self.chunk_size
+        if not chunks:
+            return torch.zeros_like(q)
+        retrieved = self.retrieve(q, chunk_means(k, self.chunk_size))
+        mask = chunk_mask(Retrieved(*(x[:, first:] for x in retrieved)), chunks, self.chunk_size)
+        read = attend_masked(self.at_edge(q[:, first:]), k[:, :reach], v[:, :reach], mask)
         return pad(read, (0, 0, 0, 0, first, 0))
 
-    def retrieve(self, q: Tensor, k: Tensor) -> Retrieved:
-        """The chunks each query retrieves; q (B, T, H, D), k (B, T, G, D), both before any rotary embedding."""
+    def read_chunks(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
+        """a_3 with the chunks of the state."""
+        if self.local_stores != TOKENS:
+            for name, x in zip(TOKENS, (k, v), strict=True):
+                state.write(name, x)
+        means, _fresh = state_chunk_means(k, self.chunk_size, state)
+        if not self.num_candidates(max(state.lengths)):
+            return torch.zeros_like(q)
+        retrieved = self.retrieve(q, means, token_index(q, state))
+        k, v = (state.all(name) for name in TOKENS)
+        return attend_chunks(self.at_edge(q), k, v, retrieved, self.chunk_size)
+
+    def retrieve(self, q: Tensor, summaries: Tensor, t: Tensor | None = None) -> Retrieved:
+        """The chunks each query retrieves; q (B, T, H, D) before any rotary embedding, summaries (B, J, G, D)."""
         queries = q.unflatten(2, (self.num_kv_heads, -1)).sum(3)
         limits = {"chunk_size": self.chunk_size, "window": self.local_window or 0, "top_k": self.top_k}
-        return retrieve(queries, chunk_means(k, self.chunk_size), **limits)
+        return retrieve(queries, summaries, t, **limits)
 
-    def state_numbers(self, num_tokens: int) -> int:
-        """k and v of the tokens (of all of them with L3), the session slots, m and its count, chunk summaries."""
-        kept = num_tokens if self.top_k else self.keys_attended(num_tokens)
-        numbers = 2 * self.kv_size * kept
+    def at_edge(self, q: Tensor) -> Tensor:
+        """Queries rotated so that unrotated keys stand at the distance of the window's edge."""
+        return self.rotate(q, torch.tensor([self.local_window or 0], device=q.device))
+
+    @property
+    def local_stores(self) -> tuple[str, str]:
+        """Where a state keeps the window: with the long-term tokens, unless those are needed without their rotation."""
+        return LOCAL_TOKENS if self.top_k and self.rotary is not None else TOKENS
+
+    def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
+        """k and v of the tokens (of all of them with L3), the session slots, m, chunk summaries and the open one."""
+        heads = (self.num_kv_heads, self.head_dim)
+        entries = local_entries(self.local_stores, heads, dtype, self.local_window)
         if self.session is not None:
-            numbers += 2 * self.kv_size * (num_tokens // self.session_stride) + self.hidden_size + 1
+            entries |= self.session.entries(self.hidden_size, dtype)
+            entries |= {name: Entry(heads, dtype, every=self.session_stride) for name in SLOTS}
         if self.top_k:
-            numbers += self.kv_size * (num_tokens // self.chunk_size + 1)
-        return numbers
+            entries |= local_entries(TOKENS, heads, dtype, None) | chunk_entries(heads, dtype, self.chunk_size)
+        return entries
 
     def flops_per_token(self, context: int) -> int:
         c, kv, candidates = self.hidden_size, self.kv_size, self.num_candidates(context)

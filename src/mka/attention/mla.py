@@ -9,10 +9,13 @@ A cache needs z and k_rope only: R + D_rope numbers a token, whatever H is. B ro
 D = C / H, R latent rank.
 """
 
-from torch import Tensor, cat, nn
+import torch
+from torch import Tensor, cat, einsum, nn
 
 from mka.attention.base import CausalAttention
 from mka.config import InputError, check_at_least
+from mka.memory.local import attend_local
+from mka.memory.state import Entry, State
 from mka.ops.attend import attend_causal
 from mka.ops.rotary import RotaryEmbedding
 
@@ -61,15 +64,31 @@ class MultiHeadLatentAttention(CausalAttention):
             self.k_rope_proj = nn.Linear(hidden_size, qk_rope_head_dim, bias=bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
 
-    def mix(self, x: Tensor, positions: Tensor) -> Tensor:
+    def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
         q = self.queries(x, positions)
         z, k_rope = self.latent(x, positions)
+        if state is not None and not state.is_fresh:
+            return self.o_proj(self.absorbed(q, z, k_rope, state).flatten(2))
         k = self.k_up_proj(z).unflatten(-1, (self.num_heads, -1))
         v = self.v_up_proj(z).unflatten(-1, (self.num_heads, -1))
         if k_rope is not None:
             k = cat([k, k_rope.expand(-1, -1, self.num_heads, -1)], dim=-1)
+        if state is not None:
+            state.write("latent", joined(z, k_rope))
         o = attend_causal(q, k, v, self.local_window)
         return self.o_proj(o.flatten(2))
+
+    def absorbed(self, q: Tensor, z: Tensor, k_rope: Tensor | None, state: State) -> Tensor:
+        """o (B, T, H, D) from latents alone: Wuk folded into the query, Wuv into the output.
+
+        The latents are keys and values of one head; a bias of Wuk adds the same to all scores of a query.
+        """
+        w_uk, w_uv = (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.k_up_proj, self.v_up_proj))
+        q = cat([einsum("bthd,hdr->bthr", q[..., : self.head_dim], w_uk), q[..., self.head_dim :]], dim=-1)
+        latent, scale = joined(z, k_rope), (self.head_dim + self.qk_rope_head_dim) ** -0.5
+        read = attend_local(q, latent, latent, self.local_window, state, ("latent", "latent"), scale)
+        o = einsum("bthr,hdr->bthd", read[..., : self.kv_lora_rank], w_uv)
+        return o if self.v_up_proj.bias is None else o + self.v_up_proj.bias.unflatten(0, (self.num_heads, -1))
 
     def queries(self, x: Tensor, positions: Tensor) -> Tensor:
         """q (B, T, H, D + D_rope), its last D_rope channels rotated."""
@@ -96,14 +115,22 @@ class MultiHeadLatentAttention(CausalAttention):
             count += self.linear_parameters((c, rope))
         return count
 
-    def state_numbers(self, num_tokens: int) -> int:
-        return (self.kv_lora_rank + self.qk_rope_head_dim) * self.keys_attended(num_tokens)
+    def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
+        """z and the shared rotary key of the tokens in the window, side by side."""
+        width = self.kv_lora_rank + self.qk_rope_head_dim
+        return {"latent": Entry((1, width), dtype, latest=self.local_window)}
 
     def flops_per_token(self, context: int) -> int:
         c, r, rope, q_rank = self.hidden_size, self.kv_lora_rank, self.qk_rope_head_dim, self.q_lora_rank
         queries = 2 * (c * q_rank + q_rank * self.q_size if q_rank else c * self.q_size)
         latent = 2 * c * (r + rope) + 4 * r * c
         return queries + latent + 2 * c * c + 2 * (self.q_size + c) * self.keys_attended(context)
+
+
+def joined(z: Tensor, k_rope: Tensor | None) -> Tensor:
+    """z (B, T, R) and k_rope (B, T, 1, D_rope) as the one key (B, T, 1, R + D_rope) that a cache holds."""
+    z = z.unsqueeze(2)
+    return z if k_rope is None else cat([z, k_rope.to(z.dtype)], dim=-1)
 
 
 def normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from mka.ops.precision import no_autocast, upcast
+from mka.memory.state import Entry, State
+from mka.ops.attend import attend_masked
+from mka.ops.precision import no_autocast, upcast, wide
 
 QUERY_TILE = 512
 """Queries scored at once: scores take (tile, T / c) per group, whatever T is."""
@@ -33,28 +35,63 @@ def chunk_means(x: Tensor, chunk_size: int) -> Tensor:
     return upcast(x[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size))).mean(2)
 
 
+def chunk_entries(shape: tuple[int, ...], dtype: torch.dtype, chunk_size: int) -> dict[str, Entry]:
+    """The stores of `state_chunk_means`: the sum of the open chunk's tokens so far, and the mean of every chunk."""
+    return {
+        "chunk_sum": Entry(shape, wide(dtype), latest=1),
+        "chunk_mean": Entry(shape, wide(dtype), every=chunk_size),
+    }
+
+
+def state_chunk_means(x: Tensor, chunk_size: int, state: State) -> tuple[Tensor, Tensor]:
+    """The means of the chunks completed so far, (B, J, ...), and of those that this call's x (B, T, ...) completes.
+
+    The latter stand first in (B, N, ...), as `State.write` wants them.
+    """
+    filled = [past % chunk_size for past in state.past]
+    chunks = (max(filled) + x.shape[1] + chunk_size - 1) // chunk_size
+    start = torch.tensor(filled, device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    columns = start[:, None] + torch.arange(x.shape[1], device=x.device)
+    x = upcast(x)
+    aligned = x.new_zeros(x.shape[0], chunks * chunk_size, *x.shape[2:]).index_put((rows, columns), x)
+    if not state.is_fresh:
+        carried = state.latest("chunk_sum", 1, after=False).squeeze(1)
+        aligned[:, 0] += torch.where((start > 0).view(-1, *[1] * (x.dim() - 2)), carried, 0)
+    sums = aligned.unflatten(1, (chunks, chunk_size)).cumsum(2)
+    state.write("chunk_sum", sums.flatten(1, 2)[rows, columns])
+    fresh = sums[:, :, -1] / chunk_size
+    state.write("chunk_mean", fresh)
+    return state.all("chunk_mean"), fresh
+
+
 def num_candidates(t: Tensor, chunk_size: int, window: int) -> Tensor:
     """Chunks that end before the window of the queries at t (0-based); window 0: every completed chunk."""
     return ((t + 1 - window) // chunk_size).clamp(min=0)
 
 
 @torch.no_grad()
-def retrieve(queries: Tensor, summaries: Tensor, *, chunk_size: int, window: int, top_k: int) -> Retrieved:
+def retrieve(
+    queries: Tensor, summaries: Tensor, t: Tensor | None = None, *, chunk_size: int, window: int, top_k: int
+) -> Retrieved:
     """The K candidates with the largest inner product of query and summary; the earlier chunk wins a tie.
 
-    queries (B, T, G, E), summaries (B, J, G, E), both before any rotary embedding.
+    queries (B, T, G, E), summaries (B, J, G, E), both before any rotary embedding; t (B or 1, T) the token index of
+    each query (None: 0, 1, ...).
     """
     batch, tokens, groups, _ = queries.shape
     index = torch.zeros(batch, tokens, groups, top_k, dtype=torch.long, device=queries.device)
     found = torch.zeros_like(index, dtype=torch.bool)
+    candidates = num_candidates(torch.arange(tokens, device=index.device)[None] if t is None else t, chunk_size, window)
     with no_autocast(queries):
-        queries, summaries = upcast(queries).transpose(1, 2), upcast(summaries).permute(0, 2, 3, 1)
+        queries = upcast(queries).transpose(1, 2)
+        summaries = summaries.to(queries.dtype).permute(0, 2, 3, 1)
         for start in range(0, tokens, QUERY_TILE):
             tile = slice(start, min(start + QUERY_TILE, tokens))
-            reach = max(0, (tile.stop - window) // chunk_size)
-            candidates = num_candidates(torch.arange(tile.start, tile.stop, device=index.device), chunk_size, window)
+            reach = max(0, (tile.stop - window) // chunk_size) if t is None else summaries.shape[-1]
             scores = queries[:, :, tile] @ summaries[..., :reach]
-            scores.masked_fill_(torch.arange(reach, device=index.device) >= candidates[:, None], -torch.inf)
+            missing = torch.arange(reach, device=index.device) >= candidates[:, None, tile, None]
+            scores.masked_fill_(missing, -torch.inf)
             for rank in range(min(top_k, reach)):
                 best, chunk = scores.max(-1)
                 index[:, tile, :, rank] = chunk.transpose(1, 2)
@@ -70,7 +107,8 @@ def read_summaries(u: Tensor, keys: Tensor, means: Tensor, retrieved: Retrieved)
     """
     index, found = retrieved.chunk.squeeze(2), retrieved.found.squeeze(2)
     with no_autocast(u):
-        u, keys, means = upcast(u), upcast(keys), upcast(means)
+        u = upcast(u)
+        keys, means = keys.to(u.dtype), means.to(u.dtype)
         rows = torch.arange(u.shape[0], device=u.device)[:, None, None]
         # A huge finite input may overflow here; NaN would then reach earlier tokens through 0 * NaN in the attention.
         scores = (u.unsqueeze(2) * keys[rows, index]).sum(-1).nan_to_num().masked_fill(~found, -torch.inf)
@@ -78,6 +116,29 @@ def read_summaries(u: Tensor, keys: Tensor, means: Tensor, retrieved: Retrieved)
         bags = (index + rows * means.shape[1]).flatten(0, 1)
         read = embedding_bag(bags, means.flatten(0, 1), per_sample_weights=weights.flatten(0, 1), mode="sum")
     return read.unflatten(0, u.shape[:2])
+
+
+def attend_chunks(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int) -> Tensor:
+    """Attention of each query to the tokens of the chunks it retrieved; zeros where nothing was found.
+
+    q (B, T, H, D), k and v (B, S, G, D) with S at least the tokens of all completed chunks. The few tokens of a few
+    queries are gathered; for many queries they are masked.
+    """
+    batch, tokens, groups, top_k = retrieved.chunk.shape
+    if tokens * top_k * chunk_size > k.shape[1]:
+        reach = k.shape[1] // chunk_size
+        tokens_of = slice(0, reach * chunk_size)
+        mask = chunk_mask(retrieved, reach, chunk_size)
+        return attend_masked(q.to(k.dtype), k[:, tokens_of], v[:, tokens_of], mask).to(q.dtype)
+    offsets = torch.arange(chunk_size, device=q.device)
+    index = (retrieved.chunk[..., None] * chunk_size + offsets).flatten(3)  # (B, T, G, K c)
+    rows = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
+    group = torch.arange(groups, device=q.device).view(-1, 1)
+    keys, values = (x[rows, index, group].flatten(0, 2).unsqueeze(2) for x in (k, v))  # (B T G, K c, 1, D)
+    mask = retrieved.found.repeat_interleave(chunk_size, dim=3).flatten(0, 2)[:, None]
+    queries = q.unflatten(2, (groups, -1)).flatten(0, 2).unsqueeze(1)  # (B T G, 1, H / G, D)
+    read = attend_masked(queries.to(k.dtype), keys, values, mask.unsqueeze(2))
+    return read.flatten(1, 2).unflatten(0, (batch, tokens, groups)).flatten(2, 3).to(q.dtype)
 
 
 def chunk_mask(retrieved: Retrieved, chunks: int, chunk_size: int) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mka.ops.precision import upcast
-from mka.ops.scan import causal_average
+from mka.memory.state import Entry, State
+from mka.ops.precision import upcast, wide
+from mka.ops.scan import carry_average, causal_average
 
 SHORTEST, LONGEST = 4.0, 4096.0
 """Time constants, in tokens, of the first and the last channel of a learned decay at the start."""
@@ -32,6 +33,28 @@ class SessionAverage(nn.Module):
             return torch.sigmoid(upcast(self.decay_logit))  # in bfloat16 the slow decays would round to 1
         return torch.full((x.shape[-1],), self.fixed_decay, dtype=upcast(x).dtype, device=x.device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def entries(self, hidden_size: int, dtype: torch.dtype) -> dict[str, Entry]:
+        """m; the number of tokens it was taken over is that of the row."""
+        return {"m": Entry((hidden_size,), wide(dtype), latest=1)}
+
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         """x (B, T, C) -> m (B, T, C) in float32 or better."""
-        return causal_average(x, self.decay(x))
+        m = causal_average(x, self.decay(x))
+        if state is None:
+            return m
+        if not state.is_fresh:
+            before = state.latest("m", 1, after=False).squeeze(1)
+            m = carry_average(m, before, state.starts(x.device), self.decay(x))
+        state.write("m", m)
+        return m
+
+
+def slot_columns(stride: int, tokens: int, state: State) -> Tensor:
+    """(B or 1, N): where, among the `tokens` of this call, those stand that complete a session slot.
+
+    N is that of the row with most of them; what a row has less is any column.
+    """
+    past = state.starts(state.device)[:, None]
+    first = (stride - 1 - past) % stride
+    count = max(after // stride - before // stride for after, before in zip(state.lengths, state.past, strict=True))
+    return (first + stride * torch.arange(count, device=past.device)).clamp(max=tokens - 1)

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 MIN_BLOCK = 64
+QUERY_TILE, MASK_SIZE = 512, 2**24
+"""Queries under one mask with `attend_at`: at most this many, and a mask of at most this many elements a row."""
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, scale: float | None = None) -> Tensor:
@@ -36,6 +38,46 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | 
     mask = mask.transpose(1, 2).flatten(0, 1).unsqueeze(1)
     out = _sdpa(q, k, v, scale=scale, mask=mask)
     return out.unflatten(0, (batch, groups)).transpose(1, 2).flatten(2, 3)
+
+
+def attend_at(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query: Tensor,
+    key: Tensor,
+    window: int | None = None,
+    *,
+    lead: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention by token index: a query at t sees the keys at t - window + 1 .. t.
+
+    query (B or 1, T) and key (B or 1, S) are the indices; a negative key is an empty place. With `lead`, key column
+    lead + i holds query i's own token and the keys before it stand in order: what no query of a tile sees is left out.
+    Keys may be of another dtype, that of a cache.
+    """
+    tokens, slots, given = q.shape[1], k.shape[1], q.dtype
+    q = q.to(k.dtype)
+    tile = max(1, min(QUERY_TILE, MASK_SIZE // max(1, slots)))
+    if window is not None and lead is not None:
+        tile = min(tile, max(window, MIN_BLOCK))
+    reads = []
+    for start in range(0, tokens, tile):
+        stop = min(start + tile, tokens)
+        first = 0 if lead is None or window is None else max(0, start + lead - window + 1)
+        last = slots if lead is None else lead + stop
+        t, s = query[:, start:stop, None], key[:, None, first:last]
+        mask = (s >= 0) & (s <= t)
+        if window is not None:
+            mask &= s > t - window
+        reads.append(_sdpa(q[:, start:stop], k[:, first:last], v[:, first:last], scale=scale, mask=mask.unsqueeze(1)))
+    return (reads[0] if len(reads) == 1 else torch.cat(reads, dim=1)).to(given)
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of every query to every key."""
+    return _sdpa(q.to(k.dtype), k, v, scale=scale).to(q.dtype)
 
 
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:

@@ -6,7 +6,12 @@ from torch import Tensor
 
 def upcast(x: Tensor) -> Tensor:
     """bfloat16 and float16 become float32; float32 and float64 stay."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.to(wide(x.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that `upcast` gives."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def no_autocast(x: Tensor) -> torch.autocast:

@@ -29,6 +29,21 @@ def causal_average(x: Tensor, decay: Tensor) -> Tensor:
         return _CausalAverage.apply(x, decay.to(x.dtype))
 
 
+def carry_average(mean: Tensor, before: Tensor, count: Tensor, decay: Tensor) -> Tensor:
+    """The means of tokens that follow others: `mean` (B, T, C) over the new ones alone, as `causal_average` gives it.
+
+    before (B, C): the mean of the `count` (B or 1,) tokens before them; a count of 0 means there were none. With
+    N(n) = 1 + a + ... + a^(n-1), the mean at the t-th new token (t = 1, 2, ...) is
+    (N(t) mean_t + a^t N(count) before) / N(count + t).
+    """
+    with no_autocast(mean):
+        rate = torch.log(decay)
+        t = torch.arange(1, mean.shape[1] + 1, device=mean.device, dtype=mean.dtype)[:, None]
+        n = count.to(mean.dtype)[:, None, None]
+        carried = torch.exp(t * rate) * -torch.expm1(n * rate) * before.to(mean.dtype).unsqueeze(1)
+        return (-torch.expm1(t * rate) * mean + carried) / -torch.expm1((n + t) * rate)
+
+
 def decayed_sum(x: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
     """y_t = a y_{t-1} + x_t along dimension 1; with `reverse`, y_t = a y_{t+1} + x_t. Not differentiable."""
     tokens = x.shape[1]

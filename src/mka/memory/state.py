@@ -1,0 +1,245 @@
+"""What decoding keeps of every row: one store for each tensor that a later token can read.
+
+    entry i of a store        one for every `every` tokens: keys (1), chunk summaries (c), session slots (stride)
+    place i                   stores of which all entries are read; they grow in steps
+    place i mod limit         stores of which the `latest` entries are read: a ring of limit = latest + reversible
+
+    tokens 0 1 2 3 4 5 6      latest 4, reversible 0        ring  4 5 6 3
+
+Rows count their own tokens, so padding and batch-mates do not matter, and taking tokens back is counting down: what
+they wrote is written over. Of a ring the entries before the newest `limit` are gone, hence `reversible`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from mka.config import InputError, check_at_least
+
+STEP = 64
+"""Stores grow by an eighth, to a multiple of this many entries: a token does not copy what is there."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The form of one store: an entry of `shape` for every `every` tokens, the `latest` of which are read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    every: int = 1
+    latest: int | None = None
+
+    def limit(self, reversible: int) -> int | None:
+        return None if self.latest is None else self.latest + reversible
+
+    def nbytes(self, num_tokens: int, reversible: int) -> int:
+        """Bytes of the entries held of one row of `num_tokens` tokens."""
+        entries, limit = num_tokens // self.every, self.limit(reversible)
+        return (entries if limit is None else min(entries, limit)) * prod(self.shape) * self.dtype.itemsize
+
+
+class State:
+    """The stores of `batch_size` rows, and how many tokens each row has seen.
+
+    Operations return the state to go on with; the one before is spent. A call of the mechanism first says how many
+    tokens it brings, `begin`, then writes and reads. `past` (B,) counts the tokens before the call, `lengths` (B,)
+    those after it; both are lists of int, so that a step does not wait for the device.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        entries: Mapping[str, Entry],
+        batch_size: int,
+        device: torch.device | str | None = None,
+        reversible: int = 0,
+    ) -> None:
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("reversible", reversible, 0)
+        self.owner, self.entries, self.reversible = owner, dict(entries), reversible
+        self.past, self.lengths, self.furthest = ([0] * batch_size for _ in range(3))
+        self.tensors = {
+            name: torch.zeros(batch_size, 0, *entry.shape, dtype=entry.dtype, device=device)
+            for name, entry in entries.items()
+        }
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """(B,) valid tokens seen by each row, on the CPU."""
+        return torch.tensor(self.lengths)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the tokens held occupy."""
+        return sum(entry.nbytes(length, self.reversible) for entry in self.entries.values() for length in self.lengths)
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """The same with spare capacity."""
+        return sum(x.numel() * x.element_size() for x in self.tensors.values())
+
+    # What users do with a state.
+
+    def select(self, rows: Tensor | Sequence[int]) -> "State":
+        """The rows of these indices, in this order; a row may be taken several times."""
+        index = torch.as_tensor(rows, device=self.device)
+        chosen = index.tolist()
+        self.past, self.lengths, self.furthest = (
+            [counts[row] for row in chosen] for counts in (self.past, self.lengths, self.furthest)
+        )
+        return self._map(lambda x: x.index_select(0, index))
+
+    def reorder(self, beams: Tensor) -> "State":
+        """The same as `select`, by the name that beam search gives it."""
+        return self.select(beams)
+
+    def repeat(self, times: int) -> "State":
+        """Every row `times` times, copies of a row side by side."""
+        return self.select(torch.arange(self.batch_size).repeat_interleave(times))
+
+    def crop(self, num_tokens: int | Sequence[int] | Tensor) -> "State":
+        """Every row as if it had ended after `num_tokens` tokens; a row that is shorter stays as it is.
+
+        Raises ValueError below what is still held: `reversible` tokens before the furthest a row has been.
+        """
+        given = torch.as_tensor(num_tokens).expand(self.batch_size).tolist()
+        wanted = [min(new, old) for new, old in zip(given, self.lengths, strict=True)]
+        bounded = any(entry.latest is not None for entry in self.entries.values())
+        for new, old, furthest in zip(wanted, self.lengths, self.furthest, strict=True):
+            least = max(0, furthest - self.reversible) if bounded else 0
+            if new != old and new < least:
+                raise InputError(
+                    f"num_tokens is {new}; this state of {self.owner} can be cropped to {least} tokens or more: it was "
+                    f"made with reversible={self.reversible} and its row has seen {furthest}"
+                )
+        self.past, self.lengths = list(wanted), wanted
+        return self
+
+    def to(self, device: torch.device | str) -> "State":
+        return self._map(lambda x: x.to(device))
+
+    def detach(self) -> "State":
+        """The same numbers without their gradients' history."""
+        return self._map(lambda x: x.detach())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "State":
+        self.tensors = {name: change(x) for name, x in self.tensors.items()}
+        return self
+
+    # What mechanisms do with it.
+
+    def check(self, owner: str, entries: Mapping[str, Entry], batch_size: int) -> None:
+        """Raises ValueError for a state of another mechanism, other sizes or another number of rows."""
+        if owner != self.owner:
+            raise InputError(f"the state is one of {self.owner}; allowed: a state of {owner}, by its initial_state")
+        if self.batch_size != batch_size:
+            raise InputError(f"the state holds {self.batch_size} rows; x has {batch_size}; they must be as many")
+        for name, entry in entries.items():
+            ours = self.entries.get(name)
+            if ours is None or (ours.shape, ours.every, ours.latest) != (entry.shape, entry.every, entry.latest):
+                raise InputError(f"the state was made for other options of {owner}: its {name} is {ours}, not {entry}")
+
+    def begin(self, counts: Sequence[int]) -> None:
+        """A call brings `counts` (B,) valid tokens."""
+        self.past = self.lengths
+        self.lengths = [past + count for past, count in zip(self.past, counts, strict=True)]
+        self.furthest = [max(pair) for pair in zip(self.furthest, self.lengths, strict=True)]
+
+    @property
+    def is_fresh(self) -> bool:
+        """No row had a token before this call."""
+        return not any(self.past)
+
+    @property
+    def is_even(self) -> bool:
+        """All rows have seen the same number of tokens, before this call and after it."""
+        return len(set(self.past)) == len(set(self.lengths)) == 1
+
+    def starts(self, device: torch.device) -> Tensor:
+        """(B,), or (1,) where all are equal: tokens seen before this call."""
+        return torch.tensor(self.past[:1] if self.is_even else self.past, device=device)
+
+    def limit(self, name: str) -> int | None:
+        return self.entries[name].limit(self.reversible)
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Add this call's entries: values (B, N, ...), those of each row first; what is beyond its count is ignored."""
+        every, limit = self.entries[name].every, self.limit(name)
+        first, last = ([n // every for n in counts] for counts in (self.past, self.lengths))
+        self._grow(name, max(last))
+        data = self.tensors[name]
+        if data.requires_grad or (values.requires_grad and torch.is_grad_enabled()):
+            data = data.clone()  # earlier reads keep what they need for their gradients
+        if self.is_even:
+            start = first[0] if limit is None else max(first[0], last[0] - limit)
+            for begin, end in runs(start, last[0], limit):
+                place = begin if limit is None else begin % limit
+                data[:, place : place + end - begin] = values[:, begin - first[0] : end - first[0]].to(data.dtype)
+        else:
+            column = torch.arange(values.shape[1], device=data.device)
+            starts, ends = (torch.tensor(counts, device=data.device)[:, None] for counts in (first, last))
+            fresh = column < ends - starts
+            if limit is not None:
+                fresh &= column >= ends - starts - limit
+            row, column = fresh.nonzero(as_tuple=True)
+            entry = starts[row, 0] + column
+            data[row, entry if limit is None else entry % limit] = values[row, column].to(data.dtype)
+        self.tensors[name] = data
+
+    def all(self, name: str) -> Tensor:
+        """(B, N, ...): every entry of a growing store; N is that of the longest row."""
+        return self.tensors[name][:, : max(self.lengths) // self.entries[name].every]
+
+    def places(self, name: str) -> tuple[Tensor, Tensor]:
+        """The store as it lies, (B, S, ...), and the entry at each place, (B or 1, S); negative where there is none."""
+        limit = self.limit(name)
+        longest = max(self.lengths)
+        held = self.tensors[name][:, : longest if limit is None else min(longest, limit)]
+        place = torch.arange(held.shape[1], device=held.device)[None]
+        if limit is None:
+            return held, place
+        newest = torch.tensor(self.lengths[:1] if self.is_even else self.lengths, device=held.device)[:, None] - 1
+        return held, newest - (newest - place) % limit
+
+    def latest(self, name: str, count: int, *, after: bool) -> Tensor:
+        """(B, count, ...): the newest entries in order, the last one last, before this call's or after them.
+
+        Where a row has fewer, the first ones are something finite.
+        """
+        limit, ends = self.limit(name), self.lengths if after else self.past
+        data = self.tensors[name]
+        if self.is_even and limit is None and ends[0] >= count:
+            return data[:, ends[0] - count : ends[0]]
+        entry = torch.tensor(ends, device=data.device)[:, None] - count + torch.arange(count, device=data.device)
+        entry = entry.clamp(min=0)
+        rows = torch.arange(self.batch_size, device=data.device)[:, None]
+        return data[rows, entry if limit is None else entry % limit]
+
+    def _grow(self, name: str, needed: int) -> None:
+        data, limit = self.tensors[name], self.limit(name)
+        needed = needed if limit is None else min(needed, limit)
+        if needed <= data.shape[1]:
+            return
+        capacity = -(-(needed + needed // 8) // STEP) * STEP
+        larger = data.new_zeros(data.shape[0], capacity if limit is None else min(capacity, limit), *data.shape[2:])
+        larger[:, : data.shape[1]] = data
+        self.tensors[name] = larger
+
+
+def runs(begin: int, end: int, limit: int | None) -> Iterator[tuple[int, int]]:
+    """The entries [begin, end) in pieces that lie side by side in a ring of `limit` places."""
+    while begin < end:
+        stop = end if limit is None else min(end, begin - begin % limit + limit)
+        yield begin, stop
+        begin = stop
