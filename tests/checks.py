@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-window": SMALL | {"local_window": None, "session_stride": 1},
     "literal": {"local_window": None, "session_decay": 0.9, "session_stride": 1, "top_k": 0},
     "biased": SMALL | {"bias": True, "q_lora_rank": 6, "kv_lora_rank": 3},
+    "wide": SMALL | {"head_dim": 6, "bias": "qkv"},
     "rotary": SMALL | {"rotary": ROTARY, "qk_rope_head_dim": ROTARY.head_dim},
 }
 CASES = [(kind, variant) for kind in ATTENTION_TYPES for variant in VARIANTS]

@@ -32,10 +32,10 @@ def test_flops_add_up_to_those_of_the_naive_twin(kind: str, variant: str) -> Non
 
 def absorbed_minus_expanded(attn: Any) -> int:
     """The twin of mla scores and reads latents: per key 4 H R (+ 2 H D_rope) where the expanded form takes 4 H D."""
-    heads, rank, c = attn.num_heads, attn.kv_lora_rank, attn.hidden_size
+    heads, rank = attn.num_heads, attn.kv_lora_rank
     keys = sum(attn.keys_attended(t) for t in range(1, TOKENS + 1))
     # Without a rotary part the twin multiplies empty vectors, which counts as nothing.
-    return keys * (4 * heads * rank - 4 * c)
+    return keys * (4 * heads * rank - 4 * attn.inner_size)
 
 
 @every_case

@@ -1,6 +1,7 @@
 """The contract every mechanism signs (docs/attention.md)."""
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from mka.memory.router import Router
 from mka.memory.state import Entry, State
 from mka.ops.packing import packing
 from mka.ops.rotary import RotaryEmbedding
+
+Bias = bool | Literal["qkv"]
+"""Which projections have a bias: all, none, or all but the output projection."""
 
 
 class CausalAttention(nn.Module, ABC):
@@ -27,16 +31,19 @@ class CausalAttention(nn.Module, ABC):
         num_heads: int,
         num_kv_heads: int,
         local_window: int | None,
-        bias: bool,
+        head_dim: int | None,
+        bias: Bias,
         rotary: RotaryEmbedding | None,
     ) -> None:
         super().__init__()
-        check_heads(hidden_size, num_heads, num_kv_heads)
+        check_heads(hidden_size if head_dim is None else num_heads * head_dim, num_heads, num_kv_heads)
+        check_at_least("head_dim", head_dim, 1)
         check_at_least("local_window", local_window, 1)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
-        self.head_dim = hidden_size // num_heads
+        self.head_dim = head_dim or hidden_size // num_heads
+        self.inner_size = num_heads * self.head_dim
         self.local_window = local_window
         self.bias = bias
         self.rotary = rotary
@@ -132,8 +139,12 @@ class CausalAttention(nn.Module, ABC):
         return context if self.local_window is None else min(context, self.local_window)
 
     def linear_parameters(self, *shapes: tuple[int, int]) -> int:
-        """Parameters of linear layers of (inputs, outputs), with the mechanism's bias setting."""
-        return sum(inputs * outputs + outputs * self.bias for inputs, outputs in shapes)
+        """Parameters of linear layers of (inputs, outputs) before the attention, and of the output projection."""
+        before = sum(inputs * outputs + outputs * bool(self.bias) for inputs, outputs in shapes)
+        return before + self.inner_size * self.hidden_size + self.hidden_size * (self.bias is True)
+
+    def output_projection(self) -> nn.Linear:
+        return nn.Linear(self.inner_size, self.hidden_size, bias=self.bias is True)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         return x if self.rotary is None else self.rotary(x, positions)

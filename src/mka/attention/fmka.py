@@ -17,6 +17,7 @@ M = 3 levels.
 import torch
 from torch import Tensor, nn
 
+from mka.attention.base import Bias
 from mka.attention.grouped import MemoryAttention
 from mka.config import SessionDecay, check_at_least
 from mka.memory.local import attend_local, token_index
@@ -47,10 +48,11 @@ class FastMemoryKeyedAttention(MemoryAttention):
         session_decay: SessionDecay = "learned",
         index_size: int = 64,
         router_size: int | None = None,
-        bias: bool = False,
+        head_dim: int | None = None,
+        bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        shared = (chunk_size, top_k, session_decay, router_size, bias, rotary)
+        shared = (chunk_size, top_k, session_decay, router_size, head_dim, bias, rotary)
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
         check_at_least("index_size", index_size, 1)
         self.index_size = index_size

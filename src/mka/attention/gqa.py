@@ -12,6 +12,7 @@ G key/value heads, D = C / H.
 
 from torch import Tensor
 
+from mka.attention.base import Bias
 from mka.attention.grouped import GroupedAttention
 from mka.memory.local import attend_local
 from mka.memory.state import State
@@ -28,10 +29,11 @@ class GroupedQueryAttention(GroupedAttention):
         num_kv_heads: int = 4,
         *,
         local_window: int | None = None,
-        bias: bool = False,
+        head_dim: int | None = None,
+        bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, bias, rotary)
+        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, head_dim, bias, rotary)
 
     def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
         q, k, v = self.heads(self.q_proj, x), self.heads(self.k_proj, x), self.heads(self.v_proj, x)
@@ -48,10 +50,13 @@ class MultiHeadAttention(GroupedQueryAttention):
         num_heads: int,
         *,
         local_window: int | None = None,
-        bias: bool = False,
+        head_dim: int | None = None,
+        bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_heads, local_window=local_window, bias=bias, rotary=rotary)
+        super().__init__(
+            hidden_size, num_heads, num_heads, local_window=local_window, head_dim=head_dim, bias=bias, rotary=rotary
+        )
 
 
 class MultiQueryAttention(GroupedQueryAttention):
@@ -63,7 +68,10 @@ class MultiQueryAttention(GroupedQueryAttention):
         num_heads: int,
         *,
         local_window: int | None = None,
-        bias: bool = False,
+        head_dim: int | None = None,
+        bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_heads, 1, local_window=local_window, bias=bias, rotary=rotary)
+        super().__init__(
+            hidden_size, num_heads, 1, local_window=local_window, head_dim=head_dim, bias=bias, rotary=rotary
+        )

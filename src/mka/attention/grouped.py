@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mka.attention.base import CausalAttention
+from mka.attention.base import Bias, CausalAttention
 from mka.config import InputError, SessionDecay, check_at_least, check_memory
 from mka.memory.local import local_entries
 from mka.memory.longterm import num_candidates
@@ -22,17 +22,18 @@ class GroupedAttention(CausalAttention):
         num_heads: int,
         num_kv_heads: int,
         local_window: int | None,
-        bias: bool,
+        head_dim: int | None,
+        bias: Bias,
         rotary: RotaryEmbedding | None,
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, bias, rotary)
+        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, head_dim, bias, rotary)
         if rotary is not None and rotary.head_dim != self.head_dim:
             raise InputError(f"rotary.head_dim is {rotary.head_dim}; it must be the head size, {self.head_dim}")
         self.kv_size = num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, self.kv_size, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, self.kv_size, bias=bias)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.q_proj = nn.Linear(hidden_size, self.inner_size, bias=bool(bias))
+        self.k_proj = nn.Linear(hidden_size, self.kv_size, bias=bool(bias))
+        self.v_proj = nn.Linear(hidden_size, self.kv_size, bias=bool(bias))
+        self.o_proj = self.output_projection()
 
     def heads(self, project: nn.Linear, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, heads, D)."""
@@ -41,15 +42,15 @@ class GroupedAttention(CausalAttention):
     @property
     def num_parameters(self) -> int:
         c, kv = self.hidden_size, self.kv_size
-        return self.linear_parameters((c, c), (c, kv), (c, kv), (c, c))
+        return self.linear_parameters((c, self.inner_size), (c, kv), (c, kv))
 
     def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
         """k and v of the tokens in the window."""
         return local_entries(("k", "v"), (self.num_kv_heads, self.head_dim), dtype, self.local_window)
 
     def flops_per_token(self, context: int) -> int:
-        c = self.hidden_size
-        return 4 * c * (c + self.kv_size) + 4 * c * self.keys_attended(context)
+        projections = 4 * self.hidden_size * (self.inner_size + self.kv_size)
+        return projections + 4 * self.inner_size * self.keys_attended(context)
 
 
 class MemoryAttention(GroupedAttention):
@@ -68,18 +69,19 @@ class MemoryAttention(GroupedAttention):
         top_k: int,
         session_decay: SessionDecay,
         router_size: int | None,
-        bias: bool,
+        head_dim: int | None,
+        bias: Bias,
         rotary: RotaryEmbedding | None,
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, bias, rotary)
+        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, head_dim, bias, rotary)
         check_memory(local_window, chunk_size, top_k, session_decay)
         check_at_least("router_size", router_size, 1)
         self.chunk_size = chunk_size
         self.top_k = top_k
         self.router_size = router_size or max(1, hidden_size // 2)
         self.session = None if session_decay is None else SessionAverage(hidden_size, session_decay)
-        self.router = Router(hidden_size, self.router_size)
+        self.router = Router(self.inner_size, self.router_size)
 
     def levels_at(self, t: Tensor, first_session: int) -> Tensor:
         """(B or 1, T, M) bool: the levels that exist at token indices t; the session has something to offer from
@@ -97,9 +99,14 @@ class MemoryAttention(GroupedAttention):
 
     @property
     def num_parameters(self) -> int:
-        c, router = self.hidden_size, self.router_size
+        router = self.router_size
         learned_decay = self.session is not None and self.session.fixed_decay is None
-        return super().num_parameters + (c + 1) * router + (router + 1) * NUM_LEVELS + learned_decay * c
+        return (
+            super().num_parameters
+            + (self.inner_size + 1) * router
+            + (router + 1) * NUM_LEVELS
+            + learned_decay * self.hidden_size
+        )
 
     def flops_per_token(self, context: int) -> int:
-        return super().flops_per_token(context) + 2 * self.router_size * (self.hidden_size + NUM_LEVELS)
+        return super().flops_per_token(context) + 2 * self.router_size * (self.inner_size + NUM_LEVELS)

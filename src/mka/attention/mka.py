@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mka.attention.base import Bias
 from mka.attention.grouped import MemoryAttention
 from mka.config import SessionDecay, check_at_least
 from mka.memory.local import attend_local, local_entries, token_index
@@ -59,12 +60,13 @@ class MemoryKeyedAttention(MemoryAttention):
         session_decay: SessionDecay = "learned",
         session_stride: int = 16,
         router_size: int | None = None,
-        bias: bool = False,
+        head_dim: int | None = None,
+        bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
         if local_window is None:
             top_k = min(top_k, 0)  # nothing lies outside the window; a negative number still meets its check
-        shared = (chunk_size, top_k, session_decay, router_size, bias, rotary)
+        shared = (chunk_size, top_k, session_decay, router_size, head_dim, bias, rotary)
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
         check_at_least("session_stride", session_stride, 1)
         self.session_stride = session_stride
@@ -174,8 +176,9 @@ class MemoryKeyedAttention(MemoryAttention):
 
     def flops_per_token(self, context: int) -> int:
         c, kv, candidates = self.hidden_size, self.kv_size, self.num_candidates(context)
+        inner = self.inner_size
         flops = super().flops_per_token(context)
         if self.session is not None:
             slots, fresh = divmod(context, self.session_stride)
-            flops += 4 * c * slots + 4 * c * kv * (fresh == 0)
-        return flops + 2 * kv * candidates + 4 * c * self.chunk_size * min(self.top_k, candidates)
+            flops += 4 * inner * slots + 4 * c * kv * (fresh == 0)
+        return flops + 2 * kv * candidates + 4 * inner * self.chunk_size * min(self.top_k, candidates)

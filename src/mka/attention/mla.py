@@ -12,7 +12,7 @@ D = C / H, R latent rank.
 import torch
 from torch import Tensor, cat, einsum, nn
 
-from mka.attention.base import CausalAttention
+from mka.attention.base import Bias, CausalAttention
 from mka.config import InputError, check_at_least
 from mka.memory.local import attend_local
 from mka.memory.state import Entry, State
@@ -37,10 +37,11 @@ class MultiHeadLatentAttention(CausalAttention):
         q_lora_rank: int | None = None,
         qk_rope_head_dim: int = 0,
         local_window: int | None = None,
-        bias: bool = False,
+        head_dim: int | None = None,
+        bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_heads, local_window, bias, rotary)
+        super().__init__(hidden_size, num_heads, num_heads, local_window, head_dim, bias, rotary)
         check_at_least("kv_lora_rank", kv_lora_rank, 1)
         check_at_least("q_lora_rank", q_lora_rank, 1)
         if qk_rope_head_dim != (rotary.head_dim if rotary else 0):
@@ -50,19 +51,20 @@ class MultiHeadLatentAttention(CausalAttention):
             )
         self.kv_lora_rank = kv_lora_rank or 4 * self.head_dim
         self.q_lora_rank = q_lora_rank
+        before = bool(bias)
         self.qk_rope_head_dim = qk_rope_head_dim
         self.q_size = num_heads * (self.head_dim + qk_rope_head_dim)
         if q_lora_rank is not None:
-            self.q_down_proj = nn.Linear(hidden_size, q_lora_rank, bias=bias)
+            self.q_down_proj = nn.Linear(hidden_size, q_lora_rank, bias=before)
             self.q_norm = nn.RMSNorm(q_lora_rank)
-        self.q_proj = nn.Linear(q_lora_rank or hidden_size, self.q_size, bias=bias)
-        self.kv_down_proj = nn.Linear(hidden_size, self.kv_lora_rank, bias=bias)
+        self.q_proj = nn.Linear(q_lora_rank or hidden_size, self.q_size, bias=before)
+        self.kv_down_proj = nn.Linear(hidden_size, self.kv_lora_rank, bias=before)
         self.kv_norm = nn.RMSNorm(self.kv_lora_rank)
-        self.k_up_proj = nn.Linear(self.kv_lora_rank, hidden_size, bias=bias)
-        self.v_up_proj = nn.Linear(self.kv_lora_rank, hidden_size, bias=bias)
+        self.k_up_proj = nn.Linear(self.kv_lora_rank, self.inner_size, bias=before)
+        self.v_up_proj = nn.Linear(self.kv_lora_rank, self.inner_size, bias=before)
         if qk_rope_head_dim:
-            self.k_rope_proj = nn.Linear(hidden_size, qk_rope_head_dim, bias=bias)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+            self.k_rope_proj = nn.Linear(hidden_size, qk_rope_head_dim, bias=before)
+        self.o_proj = self.output_projection()
 
     def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
         q = self.queries(x, positions)
@@ -108,12 +110,10 @@ class MultiHeadLatentAttention(CausalAttention):
     @property
     def num_parameters(self) -> int:
         c, r, rope, q_rank = self.hidden_size, self.kv_lora_rank, self.qk_rope_head_dim, self.q_lora_rank
-        count = self.linear_parameters((q_rank or c, self.q_size), (c, r), (r, c), (r, c), (c, c)) + r
-        if q_rank:
-            count += self.linear_parameters((c, q_rank)) + q_rank
-        if rope:
-            count += self.linear_parameters((c, rope))
-        return count
+        shapes = [(q_rank or c, self.q_size), (c, r), (r, self.inner_size), (r, self.inner_size)]
+        shapes += [(c, q_rank)] if q_rank else []
+        shapes += [(c, rope)] if rope else []
+        return self.linear_parameters(*shapes) + r + (q_rank or 0)
 
     def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
         """z and the shared rotary key of the tokens in the window, side by side."""
@@ -123,8 +123,9 @@ class MultiHeadLatentAttention(CausalAttention):
     def flops_per_token(self, context: int) -> int:
         c, r, rope, q_rank = self.hidden_size, self.kv_lora_rank, self.qk_rope_head_dim, self.q_lora_rank
         queries = 2 * (c * q_rank + q_rank * self.q_size if q_rank else c * self.q_size)
-        latent = 2 * c * (r + rope) + 4 * r * c
-        return queries + latent + 2 * c * c + 2 * (self.q_size + c) * self.keys_attended(context)
+        inner = self.inner_size
+        latent = 2 * c * (r + rope) + 4 * r * inner
+        return queries + latent + 2 * inner * c + 2 * (self.q_size + inner) * self.keys_attended(context)
 
 
 def joined(z: Tensor, k_rope: Tensor | None) -> Tensor:
