@@ -36,7 +36,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    model = build_model("mha", preset_config(GPT2))
+    model = build_model(preset_config(GPT2), "mha")
     engine = TorchEngine(model, GPT2.learning_rate, choose_precision(torch.device("cpu")), Ranks())
     engine.gradients([torch.zeros((1, 9), dtype=torch.long)])
     engine.step(GPT2.learning_rate)

@@ -26,7 +26,7 @@ class QuickRun:
         options: dict[str, Any] = attention_options(attention_type, BenchmarkConfig())
         tokenizer = self.corpus.tokenizer
         config = preset_config(replace(QUICK, vocab_size=tokenizer.vocab_size), tokenizer.eos_id)
-        return build_model(attention_type, config, **options)
+        return build_model(config, attention_type, **options)
 
     def plan(self, steps: int, precision: Precision) -> TrainingPlan:
         return TrainingPlan(

@@ -69,7 +69,7 @@ def train_on(ranks: Ranks, example: Example) -> None:
         max_position_embeddings=SEQUENCE_LENGTH,
         eos_token_id=corpus.tokenizer.eos_id,
     )
-    model = build_model("fmka", config, local_window=64, num_kv_heads=2)
+    model = build_model(config, "fmka", local_window=64, num_kv_heads=2)
     batches = BlockBatches(corpus.splits["train"].ids, SEQUENCE_LENGTH, GLOBAL_BATCH_SIZE, seed=0)
     precision = choose_precision(ranks.device)
 

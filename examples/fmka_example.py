@@ -82,7 +82,7 @@ def make_model(tokenizer: TextTokenizer, seed: int) -> nn.Module:
         max_position_embeddings=SEQUENCE_LENGTH,
         eos_token_id=tokenizer.eos_id,
     )
-    return build_model("fmka", config, seed, local_window=64, num_kv_heads=2)
+    return build_model(config, "fmka", seed, local_window=64, num_kv_heads=2)
 
 
 @torch.no_grad()

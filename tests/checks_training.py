@@ -39,7 +39,7 @@ def tiny_model(kind: str = "mha", seed: int = 0, **options: Any) -> GPT2LMHeadMo
     config = gpt2_config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB, max_position_embeddings=LENGTH
     )
-    return build_model(kind, config, seed, **options)
+    return build_model(config, kind, seed, **options)
 
 
 def batch_at(step: int, size: int = 8) -> Tensor:
@@ -102,7 +102,7 @@ class Recording(nn.Module):
         super().__init__()
         self.seen: set[int] = set()
 
-    def forward(self, tokens: Tensor) -> Any:
+    def forward(self, tokens: Tensor, use_cache: bool = False) -> Any:
         self.seen |= set(tokens.unique().tolist())
         return type("Output", (), {"logits": torch.zeros(*tokens.shape, VOCAB)})
 

@@ -129,7 +129,7 @@ def test_nothing_is_padded_or_masked() -> None:
     next_token_loss(model, tokens).backward()
     (shown,), options = model.calls[0]
     assert torch.equal(shown, tokens[:, :-1])
-    assert not options
+    assert options == {"use_cache": False}  # nothing is padded or masked
     assert model.logits.grad is not None
     hits = torch.nn.functional.one_hot(tokens[:, 1:], 7)
     close(model.logits.grad, (1 / 7 - hits) / 10)

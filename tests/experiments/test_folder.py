@@ -174,10 +174,10 @@ def test_a_folder_of_any_name(place: Place, name: str) -> None:
 def fail_at(monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException) -> None:
     build = benchmark.build_model
 
-    def build_or_fail(kind: str, *rest: Any, **options: Any) -> Any:
+    def build_or_fail(config: Any, kind: str, *rest: Any, **options: Any) -> Any:
         if kind == failing:
             raise error
-        return build(kind, *rest, **options)
+        return build(config, kind, *rest, **options)
 
     monkeypatch.setattr(benchmark, "build_model", build_or_fail)
 

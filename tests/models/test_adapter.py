@@ -10,7 +10,7 @@ from torch import Tensor
 from checks import close, rows
 from mka.attention import ATTENTION_TYPES, CausalAttention
 from mka.memory.state import Entry, State
-from mka.models import AttentionAdapter, build_model, gpt2, gpt2_config
+from mka.models import AttentionAdapter, build, build_model, gpt2_config
 
 CONFIG = gpt2_config(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=40
@@ -22,7 +22,7 @@ class Running(CausalAttention):
     """A mechanism that no registry knows: the sum of the row so far."""
 
     def __init__(self) -> None:
-        super().__init__(16, 4, 4, None, False, None)
+        super().__init__(16, 4, 4, None, None, False, None)
 
     def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
         return x.cumsum(1)
@@ -56,14 +56,14 @@ def test_the_adapter_knows_no_mechanism() -> None:
     names = [*ATTENTION_TYPES, *(kind.__name__ for kind in ATTENTION_TYPES.values())]
     assert not [name for name in names if re.search(rf"\b{name}\b", source)]
     # In the whole file only mha has a part: it is what the others are matched to.
-    quoted = re.findall(r'"([a-z0-9_]+)"', inspect.getsource(gpt2))
+    quoted = re.findall(r'"([a-z0-9_]+)"', inspect.getsource(build))
     assert [name for name in quoted if name in ATTENTION_TYPES] == ["mha"]
 
 
 @pytest.mark.parametrize("kind", ATTENTION_TYPES)
 def test_padding_reaches_every_block(kind: str) -> None:
     """A padded row's logits are those of the row alone: no block has seen the padding."""
-    model = build_model(kind, CONFIG).eval()
+    model = build_model(CONFIG, kind).eval()
     padded = torch.cat([torch.full((2, 4), 7), TOKENS], dim=1)
     mask = (torch.arange(16) >= 4).long().expand(2, -1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -74,7 +74,7 @@ def test_padding_reaches_every_block(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ATTENTION_TYPES)
 def test_the_model_is_causal(kind: str) -> None:
-    model = build_model(kind, CONFIG)
+    model = build_model(CONFIG, kind)
     inputs = model.transformer.wte(TOKENS).detach().requires_grad_()
     logits = model(inputs_embeds=inputs).logits
     (grad,) = torch.autograd.grad(logits[:, 5].sum(), inputs)
@@ -83,7 +83,7 @@ def test_the_model_is_causal(kind: str) -> None:
 
 
 def test_an_option_that_a_mechanism_does_not_have_is_an_error() -> None:
-    with pytest.raises(TypeError, match="chunk_size"):
-        build_model("mha", CONFIG, chunk_size=3)
+    with pytest.raises(ValueError, match="mha has no option 'chunk_size'"):
+        build_model(CONFIG, "mha", chunk_size=3)
     with pytest.raises(ValueError, match="nearest: 'mha'"):
-        build_model("mhaa", CONFIG)
+        build_model(CONFIG, "mhaa")

@@ -23,7 +23,7 @@ def expected_std(name: str) -> float:
 
 @every_kind
 def test_weights_are_normal_and_residual_projections_scaled(kind: str) -> None:
-    model = build_model(kind, CONFIG)
+    model = build_model(CONFIG, kind)
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and "router.output" not in name}
     assert len(matrices) >= 2 + 3 * (2 + 4)
     for name, weight in matrices.items():
@@ -35,7 +35,7 @@ def test_weights_are_normal_and_residual_projections_scaled(kind: str) -> None:
 
 @every_kind
 def test_biases_are_zero_and_norms_one(kind: str) -> None:
-    model = build_model(kind, CONFIG)
+    model = build_model(CONFIG, kind)
     for name, p in model.named_parameters():
         if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "_norm.weight")):
             assert (p == 1).all(), name
@@ -45,7 +45,7 @@ def test_biases_are_zero_and_norms_one(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mka", "fmka"])
 def test_the_router_starts_from_its_bias_alone(kind: str) -> None:
-    routers = [module for module in build_model(kind, CONFIG).modules() if isinstance(module, Router)]
+    routers = [module for module in build_model(CONFIG, kind).modules() if isinstance(module, Router)]
     assert len(routers) == SIZES["num_hidden_layers"]
     for router in routers:
         assert (router.output.weight == 0).all()
@@ -57,18 +57,18 @@ def test_the_router_starts_from_its_bias_alone(kind: str) -> None:
 
 @every_kind
 def test_the_same_seed_shares_everything_but_the_attention(kind: str) -> None:
-    model, mha = build_model(kind, CONFIG, seed=7), build_model("mha", CONFIG, seed=7)
+    model, mha = build_model(CONFIG, kind, seed=7), build_model(CONFIG, "mha", seed=7)
     outside = {name: p for name, p in mha.named_parameters() if ".attn." not in name}
     assert len(outside) == 2 + 2 + 3 * 8
     for name, p in outside.items():
         assert torch.equal(model.get_parameter(name), p), name
-    other = build_model(kind, CONFIG, seed=8)
+    other = build_model(CONFIG, kind, seed=8)
     assert not torch.equal(model.transformer.wte.weight, other.transformer.wte.weight)
 
 
 @every_kind
 def test_the_same_seed_gives_the_same_bytes(kind: str) -> None:
-    first, second = (build_model(kind, CONFIG, seed=3) for _ in range(2))
+    first, second = (build_model(CONFIG, kind, seed=3) for _ in range(2))
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -77,12 +77,12 @@ def test_building_leaves_the_random_numbers_of_others_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    build_model("fmka", CONFIG)
+    build_model(CONFIG, "fmka")
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_layers_differ_from_each_other_and_the_head_is_the_embedding() -> None:
-    model = build_model("gqa", CONFIG)
+    model = build_model(CONFIG, "gqa")
     first, second, _ = mechanisms(model)
     assert not torch.equal(first.get_parameter("q_proj.weight"), second.get_parameter("q_proj.weight"))
     assert isinstance(model, GPT2LMHeadModel)

@@ -24,7 +24,7 @@ def transformers_gpt2(implementation: str) -> GPT2LMHeadModel:
 
 
 def copied_from(theirs: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    ours = build_model("mha", theirs.config).eval()
+    ours = build_model(theirs.config, "mha").eval()
     weights = {name: x for name, x in theirs.state_dict().items() if ".attn." not in name}
     missing, unexpected = ours.load_state_dict(weights, strict=False)
     assert not unexpected

@@ -28,7 +28,7 @@ def sizes(name: str) -> GPT2Config:
 def empty_model(kind: str, config: GPT2Config, **options: Any) -> GPT2LMHeadModel:
     """Shapes without numbers."""
     with torch.device("meta"):
-        return build_model(kind, config, **options)
+        return build_model(config, kind, **options)
 
 
 def count(model: GPT2LMHeadModel) -> int:
@@ -82,6 +82,6 @@ def test_a_small_model_computes(kind: str) -> None:
     )
     tokens = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = attention_options(kind, BenchmarkConfig(local_window=8))
-    logits = build_model(kind, config, **options)(tokens).logits
+    logits = build_model(config, kind, **options)(tokens).logits
     assert logits.shape == (2, 40, 50)
     assert logits.isfinite().all()

@@ -39,7 +39,7 @@ def test_padding_is_what_made_the_perplexity_of_a_model_that_knows_nothing_look_
     """A model that has learnt to say padding and nothing else scores far below the vocabulary's perplexity."""
 
     class SaysPadding(checks_training.Recording):
-        def forward(self, tokens: Tensor) -> object:
+        def forward(self, tokens: Tensor, use_cache: bool = False) -> object:
             output = super().forward(tokens)
             output.logits[..., PAD] = 8.0
             return output

@@ -25,7 +25,7 @@ def test_activations_are_what_autograd_keeps() -> None:
             self.embed = torch.nn.Embedding(64, 8)
             self.head = torch.nn.Linear(8, 64, bias=False)
 
-        def forward(self, tokens: torch.Tensor) -> object:
+        def forward(self, tokens: torch.Tensor, use_cache: bool = False) -> object:
             return type("Output", (), {"logits": self.head(self.embed(tokens))})
 
     length = 16
@@ -37,7 +37,7 @@ def test_activations_are_what_autograd_keeps() -> None:
 @pytest.mark.parametrize("kind", ["mha", "mla", "fmka"])
 def test_checkpointing_keeps_less(kind: str) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = build_model(kind, gpt2_config(vocab_size=64, max_position_embeddings=tiny.LENGTH, **sizes))
+    model = build_model(gpt2_config(vocab_size=64, max_position_embeddings=tiny.LENGTH, **sizes), kind)
     everything = activation_bytes(model, tiny.LENGTH, nullcontext())
     checkpoint_blocks(model)
     model.train()

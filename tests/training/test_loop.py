@@ -99,7 +99,7 @@ class FailsAt(nn.Module):
         super().__init__()
         self.model, self.passes, self.value = tiny.tiny_model(), passes, value
 
-    def forward(self, tokens: Tensor) -> Any:
+    def forward(self, tokens: Tensor, use_cache: bool = False) -> Any:
         self.passes -= 1
         logits = self.model(tokens).logits
         return SimpleNamespace(logits=logits if self.passes > 0 else logits * self.value)

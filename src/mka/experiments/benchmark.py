@@ -135,7 +135,7 @@ def make_model(comparison: Comparison, kind: str, seed: int) -> nn.Module:
     gpt2 = preset_config(preset, tokenizer.eos_id)
     if config.match == "parameters":
         gpt2.n_inner = matched_intermediate_size(kind, gpt2, **options)
-    model = build_model(kind, gpt2, seed, **options)
+    model = build_model(gpt2, kind, seed, **options)
     if config.gradient_checkpointing:
         checkpoint_blocks(model)
     return model

@@ -28,6 +28,12 @@ class Router(nn.Module):
         self.register_buffer("gate", torch.ones(()))
         self.reset_output()
 
+    def learn_gate(self) -> None:
+        """Make the gate a parameter that starts at 0: the attention is then the local level's alone, and can change."""
+        gate = torch.zeros_like(self.gate)
+        del self.gate
+        self.gate = nn.Parameter(gate)
+
     def reset_output(self) -> None:
         with torch.no_grad():
             self.output.weight.zero_()

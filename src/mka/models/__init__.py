@@ -1,7 +1,7 @@
-"""Hugging Face backbones with their attention replaced."""
+"""Hugging Face backbones with their attention replaced; importing this registers them with the Auto classes."""
 
-from mka.models.gpt2 import (
-    AttentionAdapter,
+from mka.models.adapter import AttentionAdapter
+from mka.models.build import (
     build_model,
     checkpoint_blocks,
     gpt2_config,
@@ -9,15 +9,45 @@ from mka.models.gpt2 import (
     mechanisms,
     preset_config,
 )
+from mka.models.cache import REVERSIBLE, StateLayer, states
+from mka.models.convert import convert
 from mka.models.loss import next_token_loss
+from mka.models.modeling import (
+    MODELS,
+    MkaGPT2Config,
+    MkaGPT2LMHeadModel,
+    MkaLlamaConfig,
+    MkaLlamaForCausalLM,
+    MkaMistralConfig,
+    MkaMistralForCausalLM,
+    MkaQwen2Config,
+    MkaQwen2ForCausalLM,
+    MkaQwen3Config,
+    MkaQwen3ForCausalLM,
+)
 
 __all__ = [
+    "MODELS",
+    "REVERSIBLE",
     "AttentionAdapter",
+    "MkaGPT2Config",
+    "MkaGPT2LMHeadModel",
+    "MkaLlamaConfig",
+    "MkaLlamaForCausalLM",
+    "MkaMistralConfig",
+    "MkaMistralForCausalLM",
+    "MkaQwen2Config",
+    "MkaQwen2ForCausalLM",
+    "MkaQwen3Config",
+    "MkaQwen3ForCausalLM",
+    "StateLayer",
     "build_model",
     "checkpoint_blocks",
+    "convert",
     "gpt2_config",
     "matched_intermediate_size",
     "mechanisms",
     "next_token_loss",
     "preset_config",
+    "states",
 ]

@@ -10,24 +10,35 @@ from mka.ops.precision import no_autocast, upcast
 
 @dataclass(frozen=True)
 class RotaryEmbedding:
-    """Rotates pairs (i, i + D/2) of a head by position * base^(-2i/D).
+    """Rotates pairs (i, i + D/2) of a head by position * base^(-2i/D), or by position * frequencies[i].
 
-    Raises ValueError for an odd head_dim.
+    `scaling` multiplies the rotated heads, as YaRN has it. Raises ValueError for an odd head_dim, and for frequencies
+    that are not half as many.
     """
 
     head_dim: int
     base: float = 10000.0
+    frequencies: tuple[float, ...] | None = None
+    scaling: float = 1.0
 
     def __post_init__(self) -> None:
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number from 2 up")
+        if self.frequencies is not None and 2 * len(self.frequencies) != self.head_dim:
+            raise ValueError(f"frequencies are {len(self.frequencies)}; head_dim {self.head_dim} needs half as many")
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x (B, T, H, D), positions (T,) or (B, T) -> (B, T, H, D) in x's dtype."""
         with no_autocast(x):
             wide = upcast(x)
-            pair = torch.arange(0, self.head_dim, 2, device=x.device, dtype=wide.dtype)
-            angle = positions[..., None].to(wide.dtype) * self.base ** (-pair / self.head_dim)
-            cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+            angle = positions[..., None].to(wide.dtype) * self.rates(wide)
+            cos, sin = (scaled.unsqueeze(-2) * self.scaling for scaled in (angle.cos(), angle.sin()))
             a, b = wide.chunk(2, dim=-1)
             return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+    def rates(self, like: Tensor) -> Tensor:
+        """(D / 2,): the angle of each pair at position 1; in float32 they are rounded as in the pretrained models."""
+        if self.frequencies is not None:
+            return torch.tensor(self.frequencies, device=like.device, dtype=like.dtype)
+        pair = torch.arange(0, self.head_dim, 2, device=like.device, dtype=like.dtype)
+        return 1.0 / self.base ** (pair / self.head_dim)

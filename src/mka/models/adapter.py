@@ -1,0 +1,61 @@
+"""What stands where a backbone has its attention, and how the backbone's mask reaches it."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.masking_utils import AttentionMaskInterface
+
+from mka.attention import CausalAttention
+from mka.models.cache import state_layer
+
+PADDING_MASK = "mka_padding_mask"
+
+
+def padding_mask(*, q_length: int, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+    """transformers' hook for attention masks: the mechanisms are causal by themselves and want (B, T) or nothing."""
+    if attention_mask is None or attention_mask.shape[1] == q_length:
+        return attention_mask
+    valid = attention_mask[:, -q_length:]
+    return None if bool(valid.all()) else valid
+
+
+AttentionMaskInterface.register(PADDING_MASK, padding_mask)
+
+
+class AttentionAdapter(nn.Module):
+    """Speaks to a mechanism by the contract alone."""
+
+    def __init__(self, attention: CausalAttention, layer_idx: int = 0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention = attention
+        self.layer_idx = layer_idx
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states (B, T, C), attention_mask (B, T), position_ids (B or 1, T) -> (y (B, T, C), None).
+
+        Raises ValueError for a mask of another form.
+        """
+        if attention_mask is not None and attention_mask.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}; it must be (rows, columns), zeros at padding, with "
+                f"{hidden_states.shape[0]} rows"
+            )
+        valid = None if attention_mask is None else attention_mask.bool()
+        if past_key_values is None:
+            y, _state = self.attention(hidden_states, positions=position_ids, valid=valid)
+        else:
+            layer = state_layer(past_key_values, self.layer_idx)
+            layer.prefetch()
+            y = layer.attend(self.attention, hidden_states, position_ids, valid)
+            if past_key_values.offloading:
+                layer.offload()
+        return self.dropout(y), None

@@ -1,0 +1,138 @@
+"""A mechanism's state as a layer of transformers' cache.
+
+transformers counts columns, padding included; a state counts each row's tokens. The layer keeps both, so that `crop`
+can tell how many tokens of a row the last columns held.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from mka.attention import CausalAttention
+from mka.memory.state import State
+
+REVERSIBLE = 64
+"""Latest tokens that can be taken back: assisted decoding proposes fewer at a time."""
+
+
+class StateLayer(CacheLayerMixin):
+    """The cache of one block. A call adds its columns with `attend`."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, reversible: int = REVERSIBLE) -> None:
+        super().__init__()
+        self.reversible = reversible
+        self.state: State | None = None
+        self.calls: list[tuple[int, Tensor | None]] = []
+        self.device = torch.device("cpu")
+
+    def attend(self, attention: CausalAttention, x: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
+        """y (B, T, C) of the next columns x (B, T, C), of which `valid` (B, T) are tokens."""
+        if self.state is None:
+            self.state = attention.initial_state(x.shape[0], device=x.device, reversible=self.reversible)
+            self.device, self.is_initialized = x.device, True
+        y, self.state = attention(x, positions=positions, valid=valid, state=self.state)
+        if valid is None and self.calls and self.calls[-1][1] is None:
+            self.calls[-1] = (self.calls[-1][0] + x.shape[1], None)
+        else:
+            self.calls.append((x.shape[1], valid))
+        return y
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included."""
+        return sum(columns for columns, _ in self.calls)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no limit."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        if self.state is None:
+            raise AttributeError("batch_size is known once the layer has seen a token")
+        return self.state.batch_size
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last columns: a negative number of them; a positive one is what is to be left.
+
+        Raises ValueError further back than the state allows, which it names.
+        """
+        length = self.get_seq_length()
+        left = length + tokens_to_remove if tokens_to_remove <= 0 else min(length, tokens_to_remove)
+        if self.state is None or left == length:
+            return
+        kept, removed, columns = [], torch.zeros(self.state.batch_size, dtype=torch.long), 0
+        for count, valid in self.calls:
+            stay = max(0, min(count, left - columns))
+            removed += count - stay if valid is None else valid[:, stay:].sum(1).cpu()
+            if stay:
+                kept.append((stay, None if valid is None else valid[:, :stay]))
+            columns += count
+        self.state = self.state.crop(self.state.num_tokens - removed)
+        self.calls = kept
+
+    def reset(self) -> None:
+        self.state, self.calls, self.is_initialized = None, [], False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None:
+            self.state = self.state.select(indices)
+            self.calls = [
+                (count, None if valid is None else valid[indices.to(valid.device)]) for count, valid in self.calls
+            ]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.batch_select_indices(torch.arange(self.state.batch_size).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        if self.state is not None:
+            self.state = self.state.to("cpu")
+
+    def prefetch(self) -> None:
+        if self.state is not None:
+            self.state = self.state.to(self.device)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise self._not_keys()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise self._not_keys()
+
+    @staticmethod
+    def _not_keys() -> TypeError:
+        return TypeError("this cache belongs to a model of mka.models; a model with other attention needs its own")
+
+
+def state_layer(cache: Cache, index: int) -> StateLayer:
+    """The layer of that block; one that was not used yet is replaced by ours, whatever kind transformers made.
+
+    Raises ValueError for a cache that another model has filled.
+    """
+    while len(cache.layers) <= index:
+        cache.layers.append(StateLayer())
+    layer: Any = cache.layers[index]
+    if not isinstance(layer, StateLayer):
+        if layer.is_initialized:
+            raise ValueError(
+                f"past_key_values holds a {type(layer).__name__} of another model's keys; pass None or a new cache"
+            )
+        layer = cache.layers[index] = StateLayer()
+    return layer
+
+
+def states(cache: Cache) -> list[State]:
+    """The states of a cache, first block first."""
+    return [layer.state for layer in cache.layers if isinstance(layer, StateLayer) and layer.state is not None]

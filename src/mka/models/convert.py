@@ -1,0 +1,92 @@
+"""Pretrained models with their attention replaced, starting where the pretrained one stood."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mka.config import InputError
+from mka.models.adapter import AttentionAdapter
+from mka.models.build import mechanisms
+from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of
+from mka.models.modeling import MODELS, memory_config
+
+CONVERTIBLE = ("mha", "mqa", "gqa", "mka", "fmka")
+
+
+def convert(model: Any, attention_type: str, **options: Any) -> Any:
+    """A new model with `model`'s weights and a mechanism in every block; `model` itself stays as it is.
+
+    model: GPT-2, Llama, Mistral, Qwen2 or Qwen3 for causal language modelling, converted already or not. Projections
+    q, k, v, o are kept. With gqa and the model's own number of groups nothing changes; with fewer groups the heads of
+    a group are averaged (arXiv 2305.13245, section 2.1), with more they are repeated. mka and fmka get a router whose
+    gate is a parameter that starts at 0: until it moves, they are the model's own attention within `local_window`.
+    At the first step the gate alone has a gradient, from then on everything behind it.
+
+    Raises ValueError for a family that is not supported, for mla (pretrained keys and values have no latent vector to
+    start from) and for groups that do not fit.
+    """
+    config: Any = model.config
+    family = family_of(config)
+    if attention_type not in CONVERTIBLE:
+        raise InputError(f"attention is {attention_type!r}; a pretrained model can become: {', '.join(CONVERTIBLE)}")
+    groups = own_groups(model)
+    if attention_type not in ("mha", "mqa"):
+        options = {"num_kv_heads": groups} | options
+    full = memory_config(deepcopy(config), attention_type, options, learned_gate=True)
+    converted = MODELS[config.model_type.removeprefix(PREFIX)](full).to(device=model.device, dtype=model.dtype)
+    keep = {name: value for name, value in model.state_dict().items() if f".{family.attention_name}." not in name}
+    converted.load_state_dict(keep, strict=False)
+    converted.generation_config = deepcopy(model.generation_config)
+    sources = [getattr(block, family.attention_name) for block in family.blocks(model)]
+    with torch.no_grad():
+        for source, target in zip(sources, mechanisms(converted), strict=True):
+            for name, linear in projections(source).items():
+                regroup = (groups, target.num_kv_heads) if name in ("k_proj", "v_proj") else None
+                copy_projection(linear, getattr(target, name), head_dim_of(config), regroup)
+    return converted.train(model.training)
+
+
+def own_groups(model: Any) -> int:
+    """Key/value heads of the attention a model has now."""
+    ours = mechanisms(model)
+    return ours[0].num_kv_heads if ours else kv_heads_of(model.config)
+
+
+def projections(attention: Any) -> dict[str, dict[str, Tensor]]:
+    """q, k, v, o of a backbone's attention or of ours: weight (outputs, inputs), bias, and the weight of a norm."""
+    if isinstance(attention, AttentionAdapter):
+        attention = attention.attention
+    if hasattr(attention, "c_attn"):  # GPT-2 keeps q, k, v side by side, and its weights transposed
+        weights = attention.c_attn.weight.T.chunk(3)
+        biases = attention.c_attn.bias.chunk(3)
+        found = {f"{x}_proj": {"weight": w, "bias": b} for x, w, b in zip("qkv", weights, biases, strict=True)}
+        return found | {"o_proj": {"weight": attention.c_proj.weight.T, "bias": attention.c_proj.bias}}
+    found = {
+        name: dict(getattr(attention, name).named_parameters()) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
+    for name in ("q", "k"):
+        if (norm := getattr(attention, f"{name}_norm", None)) is not None:
+            found[f"{name}_proj"]["norm.weight"] = norm.weight
+    return found
+
+
+def copy_projection(
+    source: dict[str, Tensor], target: nn.Module, head_dim: int, groups: tuple[int, int] | None
+) -> None:
+    for name, parameter in target.named_parameters():
+        value = source[name]
+        if groups is not None and name in ("weight", "bias"):
+            value = regrouped(value, head_dim, *groups)
+        parameter.copy_(value)
+
+
+def regrouped(value: Tensor, head_dim: int, before: int, after: int) -> Tensor:
+    """The heads of k or v, (before D, ...), as (after D, ...): averaged within each new group, or repeated."""
+    heads = value.unflatten(0, (before, head_dim))
+    if before % after == 0:
+        return heads.unflatten(0, (after, -1)).mean(1).flatten(0, 1)
+    if after % before == 0:
+        return heads.repeat_interleave(after // before, dim=0).flatten(0, 1)
+    raise InputError(f"num_kv_heads is {after}; it must divide the model's {before}, or be a multiple of it")

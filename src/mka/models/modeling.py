@@ -1,0 +1,233 @@
+"""transformers' causal models with their attention replaced, and nothing else; with configurations that say by what.
+
+After `import mka.models`, AutoConfig and AutoModelForCausalLM load a folder that `save_pretrained` wrote.
+"""
+
+import inspect
+import math
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from mka.attention import ATTENTION_TYPES, CausalAttention, build_attention
+from mka.config import InputError, nearest, unknown_name
+from mka.memory.router import Router
+from mka.models.adapter import PADDING_MASK, AttentionAdapter
+from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of, rotary_of, window_of
+
+FROM_CONFIG = ("hidden_size", "num_heads", "head_dim", "bias", "rotary")
+"""Options of a mechanism that the backbone's configuration decides."""
+
+
+class HeadNormLinear(nn.Linear):
+    """A projection to heads of `head_dim` whose outputs are normalised head by head (Qwen3)."""
+
+    def __init__(self, linear: nn.Linear, head_dim: int, eps: float) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        self.norm = nn.RMSNorm(head_dim, eps=eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        heads = super().forward(input).unflatten(-1, (-1, *self.norm.normalized_shape))
+        return self.norm(heads.to(self.norm.weight.dtype)).to(heads.dtype).flatten(-2)
+
+
+def check_options(attention_type: str, options: dict[str, Any]) -> None:
+    """Raises ValueError for an unknown mechanism or option, with the nearest name."""
+    if attention_type not in ATTENTION_TYPES:
+        raise unknown_name("attention type", attention_type, ATTENTION_TYPES)
+    allowed = [
+        name for name in inspect.signature(ATTENTION_TYPES[attention_type]).parameters if name not in FROM_CONFIG
+    ]
+    for name in options:
+        if name in FROM_CONFIG:
+            raise InputError(f"{name} is decided by the backbone's configuration; allowed: {', '.join(allowed)}")
+        if name not in allowed:
+            raise InputError(
+                f"{attention_type} has no option {name!r}; allowed: {', '.join(allowed)} (nearest: "
+                f"{nearest(name, allowed)!r})"
+            )
+
+
+def make_attention(config: Any) -> CausalAttention:
+    """The mechanism that a configuration describes; its weights are as torch makes them."""
+    family, options = family_of(config), dict(config.attention_options)
+    check_options(config.attention_type, options)
+    head_dim = head_dim_of(config)
+    if family.rotary:
+        rope_dim = options.setdefault("qk_rope_head_dim", head_dim) if config.attention_type == "mla" else head_dim
+        options["rotary"] = rotary_of(config, rope_dim) if rope_dim else None
+    sizes = {"hidden_size": config.hidden_size, "num_heads": config.num_attention_heads, "head_dim": head_dim}
+    attention = build_attention(config.attention_type, **sizes, bias=family.bias(config), **options)
+    for module in attention.modules():
+        if config.learned_gate and isinstance(module, Router):
+            module.learn_gate()
+    if family.head_norm and config.attention_type != "mla":
+        for name in ("q_proj", "k_proj"):
+            setattr(attention, name, HeadNormLinear(getattr(attention, name), head_dim, config.rms_norm_eps))
+    return attention
+
+
+class MemoryConfig(PreTrainedConfig):
+    """What our configurations add: attention_type, the mechanism's name; attention_options, its keyword arguments;
+    learned_gate, whether the router's gate is a parameter, as after a conversion."""
+
+    attention_type: str = "fmka"
+    attention_options: dict[str, Any] | None = None
+    learned_gate: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.attention_options = dict(self.attention_options or {})
+        super().__post_init__(**kwargs)
+        check_options(self.attention_type, self.attention_options)
+
+
+class MemoryModel(PreTrainedModel):
+    """Before a transformers class: builds it, then puts the mechanisms where its attention was."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.config: Any
+        family = family_of(config)
+        dropout = config.resid_pdrop if hasattr(config, "resid_pdrop") else 0.0
+        for number, block in enumerate(family.blocks(self)):
+            attention = make_attention(config)
+            attention.init_weights(config.initializer_range, residual_std(config))
+            setattr(block, family.attention_name, AttentionAdapter(attention, number, dropout))
+        self.config._attn_implementation = PADDING_MASK
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, in which a weight of another shape is one line that names it."""
+        if kwargs.get("ignore_mismatched_sizes"):
+            return super().from_pretrained(*args, **kwargs)
+        report = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(*args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True)
+        model, info = loaded
+        if found := sorted(info["mismatched_keys"]):
+            name, saved, wanted = found[0]
+            others = f" ({len(found)} weights do not fit)" if len(found) > 1 else ""
+            raise InputError(
+                f"{name} is {tuple(saved)} in the folder and {tuple(wanted)} in the model; the options in "
+                f"config.json are not those of the weights{others}"
+            )
+        return (model, info) if report else model
+
+
+def residual_std(config: Any) -> float:
+    """GPT-2 starts the projections into the residual stream smaller."""
+    scaled = config.model_type.removeprefix(PREFIX) == "gpt2"
+    return config.initializer_range / (math.sqrt(2 * config.num_hidden_layers) if scaled else 1)
+
+
+class MkaGPT2Config(MemoryConfig, GPT2Config):
+    model_type = f"{PREFIX}gpt2"
+
+
+class MkaLlamaConfig(MemoryConfig, LlamaConfig):
+    model_type = f"{PREFIX}llama"
+
+
+class MkaMistralConfig(MemoryConfig, MistralConfig):
+    model_type = f"{PREFIX}mistral"
+
+
+class MkaQwen2Config(MemoryConfig, Qwen2Config):
+    model_type = f"{PREFIX}qwen2"
+
+
+class MkaQwen3Config(MemoryConfig, Qwen3Config):
+    model_type = f"{PREFIX}qwen3"
+
+
+class MkaGPT2LMHeadModel(MemoryModel, GPT2LMHeadModel):
+    config_class = MkaGPT2Config
+
+    @wraps(GPT2LMHeadModel.forward)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (the same by position and by name)
+        self, input_ids: Any = None, past_key_values: Cache | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if given is not None:
+            self._check_length(given.shape[1], past_key_values, kwargs.get("position_ids"))
+        return super().forward(input_ids, past_key_values, *args, **kwargs)
+
+    def _check_length(self, columns: int, cache: Cache | None, position_ids: Tensor | None) -> None:
+        """Raises ValueError for a row that is longer than the positions the model has learned."""
+        limit, length = self.config.max_position_embeddings, columns + (cache.get_seq_length() if cache else 0)
+        if length <= limit:
+            return
+        if position_ids is not None:  # columns that are padding have no position of their own
+            length = int(position_ids.max()) + 1
+        if length > limit:
+            raise ValueError(
+                f"the row has {length} tokens; this GPT-2 has {limit} positions; use a shorter row, a larger "
+                "max_position_embeddings, or a backbone with rotary positions (Llama, Mistral, Qwen)"
+            )
+
+
+class MkaLlamaForCausalLM(MemoryModel, LlamaForCausalLM):
+    config_class = MkaLlamaConfig
+
+
+class MkaMistralForCausalLM(MemoryModel, MistralForCausalLM):
+    config_class = MkaMistralConfig
+
+
+class MkaQwen2ForCausalLM(MemoryModel, Qwen2ForCausalLM):
+    config_class = MkaQwen2Config
+
+
+class MkaQwen3ForCausalLM(MemoryModel, Qwen3ForCausalLM):
+    config_class = MkaQwen3Config
+
+
+MODELS: dict[str, Any] = {
+    "gpt2": MkaGPT2LMHeadModel,
+    "llama": MkaLlamaForCausalLM,
+    "mistral": MkaMistralForCausalLM,
+    "qwen2": MkaQwen2ForCausalLM,
+    "qwen3": MkaQwen3ForCausalLM,
+}
+for model in MODELS.values():
+    AutoConfig.register(model.config_class.model_type, model.config_class)
+    AutoModelForCausalLM.register(model.config_class, model)
+
+
+def memory_config(config: PreTrainedConfig, attention_type: str, options: dict[str, Any], **fields: Any) -> Any:
+    """The configuration of the same backbone with a mechanism. Raises ValueError for a family that is not supported."""
+    values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    values.pop("transformers_version", None)
+    check_options(attention_type, options)
+    defaults = inspect.signature(ATTENTION_TYPES[attention_type]).parameters
+    options = dict(options)
+    if family_of(config).rotary and "num_kv_heads" in defaults:
+        options.setdefault("num_kv_heads", kv_heads_of(config))
+    if defaults["local_window"].default is None and (window := window_of(config)) is not None:
+        options.setdefault("local_window", window)
+    for name in ("sliding_window", "layer_types"):  # the mechanism has the window now
+        if name in values:
+            values[name] = None
+    if "use_sliding_window" in values:
+        values["use_sliding_window"] = False
+    if "attn_pdrop" in values:
+        values["attn_pdrop"] = 0.0  # the mechanisms have no dropout between softmax and values
+    model = MODELS[config.model_type.removeprefix(PREFIX)]
+    return model.config_class(**values | {"attention_type": attention_type, "attention_options": options} | fields)

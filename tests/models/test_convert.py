@@ -1,0 +1,124 @@
+"""A converted model starts where the pretrained one stood, and can learn."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import checks
+from checks_models import BACKBONES, LLAMA, TOKEN_IDS, shake, tokens
+from mka.memory.router import Router
+from mka.models import MODELS, convert, mechanisms
+
+every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+LENGTH = 30
+OWN_WINDOW = {"mistral": 9}
+"""Where the backbone's attention has a window itself, a converted one keeps it."""
+
+
+def pretrained(backbone: str) -> Any:
+    return shake(AutoModelForCausalLM.from_config(BACKBONES[backbone]))
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@every_backbone
+def test_gqa_with_the_models_own_groups_changes_nothing(backbone: str) -> None:
+    model, ids = pretrained(backbone), tokens(2, LENGTH)
+    converted = convert(model, "gqa")
+    assert type(converted) in MODELS.values()
+    checks.close(logits(converted, ids), logits(model, ids))
+
+
+@every_backbone
+def test_mha_repeats_the_heads_of_a_group(backbone: str) -> None:
+    model, ids = pretrained(backbone), tokens(2, LENGTH)
+    checks.close(logits(convert(model, "mha"), ids), logits(model, ids))
+
+
+@every_backbone
+@pytest.mark.parametrize("kind", ["mka", "fmka"])
+def test_within_the_window_a_memory_changes_nothing(backbone: str, kind: str) -> None:
+    model, ids = pretrained(backbone), tokens(2, LENGTH)
+    window = OWN_WINDOW.get(backbone, LENGTH)
+    converted = convert(model, kind, local_window=window, chunk_size=4, top_k=2)
+    checks.close(logits(converted, ids), logits(model, ids))
+    longer = tokens(2, 60)
+    same = torch.allclose(logits(converted, longer), logits(model, longer), atol=1e-4)
+    assert same == (backbone in OWN_WINDOW)  # beyond the window the converted model sees less
+
+
+@pytest.mark.parametrize("kind", ["mka", "fmka"])
+@pytest.mark.parametrize("backbone", ["gpt2", "llama", "qwen3"])
+def test_the_gate_learns_from_the_first_step_and_everything_behind_it_from_the_third(backbone: str, kind: str) -> None:
+    """The gate at 0 hides the memories and the router; the router's output at 0 hides its hidden layer."""
+    converted = convert(pretrained(backbone), kind, local_window=8, chunk_size=4, top_k=2).train()
+    optimizer = torch.optim.AdamW(converted.parameters(), lr=1e-2)
+    gates = [module.gate for module in converted.modules() if isinstance(module, Router)]
+    assert [gate.item() for gate in gates] == [0.0, 0.0]
+    for step in range(3):
+        ids = tokens(4, LENGTH, seed=step)
+        optimizer.zero_grad()
+        converted(ids, labels=ids, use_cache=False).loss.backward()
+        assert all(gate.grad is not None and gate.grad != 0 for gate in gates)
+        optimizer.step()
+    idle = [name for name, p in converted.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not [name for name in idle if "k_proj.bias" not in name]  # softmax has no gradient for it
+
+
+def test_fewer_groups_are_averages() -> None:
+    model = pretrained("llama")
+    k = model.model.layers[0].self_attn.k_proj.weight
+    mqa = mechanisms(convert(model, "mqa"))[0]
+    torch.testing.assert_close(mqa.get_parameter("k_proj.weight"), k.unflatten(0, (2, -1)).mean(0))
+    again = convert(convert(model, "mha"), "gqa", num_kv_heads=2)
+    checks.close(logits(again, tokens(1, 9)), logits(model, tokens(1, 9)))
+
+
+def test_the_model_given_stays_as_it_is() -> None:
+    model, ids = pretrained("llama"), tokens(1, 9)
+    before = logits(model, ids)
+    converted = convert(model, "fmka")
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.zero_()
+    checks.close(logits(model, ids), before)
+    assert model.config.model_type == "llama"
+
+
+def test_sampling_settings_and_dtype_are_kept() -> None:
+    model = pretrained("gpt2").to(torch.bfloat16)
+    model.generation_config.temperature = 0.3
+    converted = convert(model, "mka")
+    assert converted.dtype == torch.bfloat16
+    assert converted.generation_config.temperature == 0.3
+
+
+def refused(message: str, model: Any, kind: str = "fmka", **options: Any) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(model, kind, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_converted_is_said_in_one_line() -> None:
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
+    refused("model_type is 'gpt_neox'; allowed: gpt2, llama, mistral, qwen2, qwen3", neox)
+    refused("attention is 'mla'; a pretrained model can become: mha, mqa, gqa, mka, fmka", pretrained("llama"), "mla")
+    refused("num_kv_heads is 4; it must divide the model's 3|num_kv_heads is 4", three_groups(), "gqa", num_kv_heads=4)
+    refused("fmka has no option 'windw'; .*nearest: 'local_window'", pretrained("gpt2"), windw=3)
+    refused("bias is decided by the backbone's configuration", pretrained("gpt2"), bias=True)
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    refused("rope_type is 'dynamic'", LlamaForCausalLM(LlamaConfig(**LLAMA, **TOKEN_IDS, rope_parameters=rope)))
+    config: Any = deepcopy(BACKBONES["gpt2"])
+    config.scale_attn_by_inverse_layer_idx = True
+    refused("scale_attn_by_inverse_layer_idx is True", AutoModelForCausalLM.from_config(config))
+
+
+def three_groups() -> Any:
+    sizes = LLAMA | {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 3}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **TOKEN_IDS))
