@@ -2,6 +2,8 @@
 
     mka bench ...      compare mechanisms (the same as python src/experiments/benchmark.py ...)
     mka report DIR     redraw table and figures from a folder of results
+    mka generate ...   continue a text with a saved model
+    mka chat ...       talk with one; it reads each turn once
 
 Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged or lost a rank; 130 after Ctrl-C, 143
 after SIGTERM. Of several ranks the first one prints; each machine's first says what was wrong with its command.
@@ -15,7 +17,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from mka.config import BenchmarkConfig, InputError
+from mka.config import BenchmarkConfig, ChatConfig, GenerateConfig, InputError
 from mka.report import console_table, result_lines, summarise, write_report
 from mka.results import Result, read_results, results_path
 
@@ -43,7 +45,10 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 GO_ON = "run the same command again to go on, finished results are kept"
 
 Command = (
-    Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")] | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+    Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")]
+    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+    | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
+    | Annotated[ChatConfig, tyro.conf.subcommand("chat")]
 )
 
 
@@ -77,7 +82,7 @@ def dispatch(form: Any, program: str, arguments: Sequence[str] | None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for a flag, not a traceback
     try:
         command = parse(form, program, arguments)
-        return run_report(command) if isinstance(command, ReportConfig) else run_bench(command)
+        return RUN[type(command)](command)
     except InputError as error:
         return complain(program, error, 2)
     except BrokenPipeError:
@@ -116,7 +121,7 @@ def one_line(box: str) -> str:
     message = " ".join(paragraph)
     flags = [word.strip(",") for word in message.split() if word.startswith("--")]
     if message.startswith("Unrecognized or misplaced"):
-        message += "; a command comes first: bench or report"
+        message += "; a command comes first: bench, report, generate or chat"
     elif message.startswith("Unrecognized") and flags:
         known = [f"--{field.name}" for field in fields(BenchmarkConfig)]
         alike = [flag for flag in known if flag.startswith(flags[0][:4])] or known
@@ -146,6 +151,28 @@ def run_bench(config: BenchmarkConfig) -> int:
     return finish(folder, console) if is_first_rank() else 0
 
 
+def run_generate(config: GenerateConfig) -> int:
+    from mka.generation import generate
+
+    generate(config, say=print)
+    return 0
+
+
+def run_chat(config: ChatConfig) -> int:
+    from mka.generation import chat
+
+    chat(config, ask=next_turn, say=print)
+    return 0
+
+
+def next_turn() -> str | None:
+    """A line of the input, None at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
 def is_first_rank(name: str = "RANK") -> bool:
     """Whether this process is the one that prints: launchers number those they start."""
     return os.environ.get(name, "0") == "0"
@@ -168,6 +195,14 @@ def finish(folder: Path, console: Console) -> int:
     Console(highlight=False, width=plain_width).print(console_table(summarise(read_results(folder))))
     console.print(f"Results  {results_path(folder)}\nReport   {', '.join(str(path) for path in written)}")
     return 0
+
+
+RUN: dict[type, Callable[[Any], int]] = {
+    BenchmarkConfig: run_bench,
+    ReportConfig: run_report,
+    GenerateConfig: run_generate,
+    ChatConfig: run_chat,
+}
 
 
 def complain(program: str, error: object, status: int) -> int:

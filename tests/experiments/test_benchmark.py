@@ -50,7 +50,8 @@ def test_the_folder_holds_everything(six: Place) -> None:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     figures = {f"figures/{name}.svg" for name in ("loss_tokens", "loss_time", "perplexity_cache")}
     curves = {f"curves/{kind}-seed0.jsonl" for kind in ATTENTION_TITLES}
-    models = {f"models/{kind}-seed0.safetensors" for kind in ATTENTION_TITLES}
+    loadable = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    models = {f"models/{kind}-seed0/{name}" for kind in ATTENTION_TITLES for name in loadable}
     assert names == {"config.json", "environment.json", "results.jsonl", "table.md"} | figures | curves | models
     assert not (folder / "checkpoints").exists(), "a training that has its result needs none"
 

@@ -80,4 +80,6 @@ def test_damage_that_is_not_looked_for_is_noticed_in_the_end(whole: Case, copy: 
     """Or the tests above could pass without a checksum."""
     flip_one_bit(checkpoint(copy, 6) / "model.safetensors")
     assert "Going on after step 6" in copy.go_on(defect="believe_every_file").printed
-    assert copy.outcome().weights["mha-seed0.safetensors"] != whole.outcome().weights["mha-seed0.safetensors"]
+    assert (
+        copy.outcome().weights["mha-seed0/model.safetensors"] != whole.outcome().weights["mha-seed0/model.safetensors"]
+    )

@@ -54,6 +54,13 @@ class TextTokenizer:
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encodings]
 
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it as transformers' AutoTokenizer reads it: tokenizer.json and its configuration."""
+        from transformers import PreTrainedTokenizerFast
+
+        end = self.backend.id_to_token(self.eos_id)
+        PreTrainedTokenizerFast(tokenizer_object=self.backend, eos_token=end, bos_token=end).save_pretrained(folder)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text that ids stand for, special tokens included."""
         return self.backend.decode(list(ids), skip_special_tokens=False)

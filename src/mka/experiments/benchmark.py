@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -120,7 +121,7 @@ def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
         environment=comparison.environment,
     )
     if ranks.is_main:
-        checkpoints.export_weights(comparison.folder / "models" / f"{kind}-seed{seed}.safetensors")
+        export_model(comparison, model, kind, seed, checkpoints)
         write_curve(comparison.folder, kind, seed, run.curve)
         append_result(comparison.folder, result)
         checkpoints.clear()
@@ -139,6 +140,15 @@ def make_model(comparison: Comparison, kind: str, seed: int) -> nn.Module:
     if config.gradient_checkpointing:
         checkpoint_blocks(model)
     return model
+
+
+def export_model(comparison: Comparison, model: Any, kind: str, seed: int, checkpoints: Checkpoints) -> None:
+    """The trained model as a folder that `from_pretrained` loads; the weights come last, whole."""
+    folder = comparison.folder / "models" / f"{kind}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    comparison.corpus.tokenizer.save(folder)
+    checkpoints.export_weights(folder / "model.safetensors")
 
 
 def checkpoints_of(comparison: Comparison, kind: str, seed: int) -> Checkpoints:

@@ -25,6 +25,8 @@ from mka.config import InputError
 from mka.storage import check_folder, remove, sync_folder, write_folder, write_json
 
 NAME = "step-{:08d}"
+FORMAT = {"format": "pt"}
+"""What transformers wants to read in a safetensors file."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Checkpoints:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file. Raises OSError if it cannot be written; the library has an error of its own for it."""
     try:
-        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path, FORMAT)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, f"{path.name} cannot be written: {error}") from error

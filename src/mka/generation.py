@@ -1,0 +1,170 @@
+"""Text from a saved model: streamed, and over several turns with one cache.
+
+read what is new of the conversation -> cache -> tokens, printed as they come
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+from transformers.utils import logging
+
+from mka.config import GenerateConfig, InputError, ModelChoice
+from mka.data.hub import NOT_REACHED, first_line, hub_is_reachable
+from mka.memory.router import Router
+from mka.models import states
+
+LEVELS = ("local", "session", "long-term")
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer. Raises InputError for what is no saved model and for a name that cannot be reached."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"model is {name!r}; a folder without config.json is no saved model")
+    here = folder.is_dir()
+    if not here and not hub_is_reachable():
+        raise InputError(f"model is {name!r}; {NOT_REACHED}; give the folder of a saved model")
+    loaded = []
+    for source in (AutoModelForCausalLM, AutoTokenizer):
+        try:
+            loaded.append(source.from_pretrained(name, local_files_only=here, trust_remote_code=False))
+        except InputError:
+            raise
+        except Exception as error:  # a download or a foreign file can fail in every way that its libraries know
+            raise InputError(f"model is {name!r}; it cannot be loaded: {first_line(error)}") from error
+    model, tokenizer = loaded
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+@dataclass
+class RouterShares:
+    """Mean weight of each memory level over layers and tokens."""
+
+    sums: list[float] = field(default_factory=lambda: [0.0] * len(LEVELS))
+    tokens: int = 0
+
+    def add(self, weights: Tensor) -> None:
+        """weights (B, T, M) of one layer."""
+        flat = weights.detach().flatten(0, -2).double()
+        self.sums = [old + new for old, new in zip(self.sums, flat.sum(0).tolist(), strict=True)]
+        self.tokens += flat.shape[0]
+
+    def __str__(self) -> str:
+        if not self.tokens:
+            return "no router"
+        means = (f"{level} {total / self.tokens:.2f}" for level, total in zip(LEVELS, self.sums, strict=True))
+        return f"router {', '.join(means)}"
+
+
+@contextmanager
+def watched_routers(model: nn.Module) -> Iterator[RouterShares]:
+    """Inside, what the model's routers decide is counted."""
+    shares = RouterShares()
+
+    def count(_module: nn.Module, _inputs: Any, weights: Any) -> None:
+        shares.add(weights)
+
+    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, Router)]
+    try:
+        yield shares
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Conversation:
+    """A row of tokens and the cache of it: what is said next is read on top of what was read before."""
+
+    def __init__(self, model: Any, tokenizer: Any, choice: ModelChoice, streamer: TextStreamer | None = None) -> None:
+        self.model, self.tokenizer, self.choice, self.streamer = model, tokenizer, choice, streamer
+        self.messages: list[dict[str, str]] = []
+        self.row = torch.zeros(1, 0, dtype=torch.long)
+        self.cache: Any = None
+        torch.manual_seed(choice.seed)
+
+    def tell(self, text: str) -> str:
+        """Say `text`, as a message where the tokenizer has a template for them; returns the answer."""
+        if self.tokenizer.chat_template is None:
+            return self.go_on(self.tokenizer(text, add_special_tokens=False).input_ids)
+        self.messages.append({"role": "user", "content": text})
+        whole = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, return_dict=True)
+        answer = self.go_on(self.keep(whole["input_ids"]))
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer
+
+    def keep(self, ids: list[int]) -> list[int]:
+        """What is new of a row that goes on from this one; what differs at its end is taken back from the cache."""
+        held = self.row[0].tolist()
+        same = next((n for n, pair in enumerate(zip(held, ids, strict=False)) if pair[0] != pair[1]), None)
+        same = min(len(held), len(ids)) if same is None else same
+        if self.cache is not None and (surplus := self.cache.get_seq_length() - same) > 0:
+            self.cache.crop(-surplus)
+        self.row = self.row[:, :same]
+        return ids[same:]
+
+    def go_on(self, ids: list[int], **options: Any) -> str:
+        """Read these tokens and answer. Raises InputError for nothing to read, and for a row that is too long."""
+        if not ids and not self.row.shape[1]:
+            raise InputError("the prompt is empty; give a text of at least one token")
+        self.row = torch.cat([self.row, torch.tensor([ids], dtype=torch.long)], dim=1)
+        drawn = {"do_sample": True, "temperature": self.choice.temperature} if self.choice.temperature else {}
+        settings = GenerationConfig(
+            max_new_tokens=self.choice.max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.eos_token_id,
+            return_dict_in_generate=True,
+            **({"do_sample": False} | drawn | options),
+        )
+        row = self.row.to(self.model.device)
+        given = self.model.generate(
+            row,
+            attention_mask=torch.ones_like(row),
+            past_key_values=self.cache,
+            generation_config=settings,
+            streamer=self.streamer,
+        )
+        answer = given.sequences[0, self.row.shape[1] :]
+        self.row, self.cache = given.sequences.cpu(), given.past_key_values
+        return self.tokenizer.decode(answer, skip_special_tokens=True)
+
+    def memory(self) -> str:
+        """What the cache holds, in one line."""
+        held = states(self.cache)
+        if not held:
+            return "the cache is transformers' own"
+        tokens, size = int(held[0].num_tokens[0]), sum(state.nbytes for state in held)
+        return f"{tokens:,} tokens seen, {size / 2**20:.2f} MiB in {len(held)} layers ({size / tokens:,.0f} B/token)"
+
+
+def generate(config: GenerateConfig, say: Callable[[str], None]) -> None:
+    """Print the prompt's continuation as it comes; with `show_memory`, a line on the memory after it."""
+    prompt = config.prompt if config.prompt_file is None else Path(config.prompt_file).read_text(encoding="utf-8")
+    model, tokenizer = load(config.model)
+    conversation = Conversation(model, tokenizer, config, TextStreamer(tokenizer, skip_prompt=True))
+    chunked = {} if config.prefill_chunk_size is None else {"prefill_chunk_size": config.prefill_chunk_size}
+    with watched_routers(model) as shares:
+        conversation.go_on(tokenizer(prompt or "", add_special_tokens=False).input_ids, **chunked)
+    if config.show_memory:
+        say(f"[{conversation.memory()}; {shares}]")
+
+
+def chat(config: ModelChoice, ask: Callable[[], str | None], say: Callable[[str], None]) -> None:
+    """`ask` gives the next turn, None at the end; an empty turn is passed over."""
+    model, tokenizer = load(config.model)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    conversation = Conversation(model, tokenizer, config, streamer)
+    while (text := ask()) is not None:
+        if not text.strip():
+            continue
+        with watched_routers(model) as shares:
+            conversation.tell(text)
+        if config.show_memory:
+            say(f"[{conversation.memory()}; {shares}]")
