@@ -27,7 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learned nothing, with a tokenizer of its own."""
     path = tmp_path_factory.mktemp("saved") / "model"
     tokenizer = load_tokenizer("bpe", [TEXT], 300)
-    config = LlamaConfig(**LLAMA | {"vocab_size": tokenizer.vocab_size}, eos_token_id=tokenizer.eos_id)
+    sizes: dict[str, Any] = LLAMA | {"vocab_size": tokenizer.vocab_size}
+    config = LlamaConfig(**sizes, eos_token_id=tokenizer.eos_id)
     options: dict[str, Any] = {"local_window": 6, "chunk_size": 3, "top_k": 2}
     shake(build_model(config, "fmka", **options)).save_pretrained(path)
     tokenizer.save(path)

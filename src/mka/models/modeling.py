@@ -112,6 +112,7 @@ class MemoryModel(PreTrainedModel):
             attention.init_weights(config.initializer_range, residual_std(config))
             setattr(block, family.attention_name, AttentionAdapter(attention, number, dropout))
         self.config._attn_implementation = PADDING_MASK
+        self.loss_type = "ForCausalLM"  # transformers guesses it from names of classes
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

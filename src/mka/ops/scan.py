@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from mka.ops.precision import no_autocast, upcast
@@ -26,7 +25,7 @@ def causal_average(x: Tensor, decay: Tensor) -> Tensor:
     """m (B, T, C): the exponentially weighted mean of x_1..x_t at every t, in float32 or better."""
     with no_autocast(x):
         x = upcast(x)
-        return _CausalAverage.apply(x, decay.to(x.dtype))
+        return _causal_average(x, decay.to(x.dtype))
 
 
 def carry_average(mean: Tensor, before: Tensor, count: Tensor, decay: Tensor) -> Tensor:
@@ -85,28 +84,51 @@ def _weight_sums(tokens: int, decay: Tensor) -> Tensor:
     return torch.addcmul(inside, carried.unsqueeze(1), powers).flatten(0, 1)[:tokens]
 
 
-class _CausalAverage(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, decay: Tensor) -> Tensor:
-        weights = _weight_sums(x.shape[1], decay)
-        mean = decayed_sum(x, decay).div_(weights)
-        ctx.save_for_backward(mean, decay)
-        return mean
+# Operators of their own, so that torch.compile takes them as they are: it cannot follow the writes into slices.
 
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (once_differentiable hides the name ctx)
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """dL/dx_t = a dL/dx_{t+1} + g_t / n_t; the decay's gradient follows y_{t-1} and dn_t/da."""
-        mean, decay = ctx.saved_tensors
-        weights = _weight_sums(mean.shape[1], decay)
-        scaled = grads[0] / weights
-        grad_x = decayed_sum(scaled, decay, reverse=True)
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None
-        sums = mean * weights
-        grad_decay = (grad_x[:, 1:] * sums[:, :-1]).sum((0, 1))
-        slopes = decayed_sum(weights[None, :-1], decay)[0]
-        grad_decay -= ((scaled[:, 1:] * mean[:, 1:]).sum(0) * slopes).sum(0)
-        return grad_x, grad_decay
+
+@torch.library.custom_op("mka::causal_average", mutates_args=())
+def _causal_average(x: Tensor, decay: Tensor) -> Tensor:
+    return _divided(decayed_sum(x, decay), _weight_sums(x.shape[1], decay))
+
+
+@torch.library.custom_op("mka::causal_average_backward", mutates_args=())
+def _causal_average_backward(grad: Tensor, mean: Tensor, decay: Tensor, learned: bool) -> tuple[Tensor, Tensor]:
+    """dL/dx_t = a dL/dx_{t+1} + g_t / n_t; the decay's gradient follows y_{t-1} and dn_t/da."""
+    weights = _weight_sums(mean.shape[1], decay)
+    scaled = grad / weights
+    grad_x = decayed_sum(scaled, decay, reverse=True).contiguous()
+    if not learned:
+        return grad_x, torch.zeros_like(decay)
+    sums = mean * weights
+    grad_decay = (grad_x[:, 1:] * sums[:, :-1]).sum((0, 1))
+    slopes = decayed_sum(weights[None, :-1], decay)[0]
+    grad_decay -= ((scaled[:, 1:] * mean[:, 1:]).sum(0) * slopes).sum(0)
+    return grad_x, grad_decay
+
+
+def _divided(sums: Tensor, weights: Tensor) -> Tensor:
+    """Contiguous, as an operator's shape function has to foretell."""
+    return sums.div_(weights) if sums.is_contiguous() else sums / weights
+
+
+@_causal_average.register_fake
+def _average_shape(x: Tensor, decay: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_causal_average_backward.register_fake
+def _backward_shapes(grad: Tensor, mean: Tensor, decay: Tensor, learned: bool) -> tuple[Tensor, Tensor]:
+    return mean.new_empty(mean.shape), torch.empty_like(decay)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(output, inputs[1])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    mean, decay = ctx.saved_tensors
+    return torch.ops.mka.causal_average_backward(grad, mean, decay, ctx.needs_input_grad[1])
+
+
+_causal_average.register_autograd(_backward, setup_context=_keep)
