@@ -1,6 +1,7 @@
 """The contract every mechanism signs (docs/attention.md)."""
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -69,21 +70,25 @@ class CausalAttention(nn.Module, ABC):
         if not tokens:
             return torch.zeros_like(x), state
         if state is not None:
-            state.check(type(self).__name__, self.state_entries(x.dtype), batch)
+            state.check(type(self).__name__, self.form_of_state, batch)
             counts = [tokens] * batch if valid is None else valid.sum(1).tolist()
             state.begin(counts)
             if counts == [tokens] * batch:
                 valid = None
-        counted = token_index(x, state)
-        if valid is None:
-            return self.mix(x, counted if positions is None else positions, state), state
-        rows = packing(valid)
-        packed = counted if positions is None else rows.pack(positions.expand(valid.shape))
-        return rows.unpack(self.mix(rows.pack(x), packed, state)), state
+        if self.rotary is None:
+            positions = None
+        rows = None if valid is None else packing(valid)
+        if rows is not None:
+            x = rows.pack(x)
+            positions = None if positions is None else rows.pack(positions.expand(x.shape[:2]))
+        if self.rotary is not None and positions is None:
+            positions = token_index(x, state)
+        y = self.mix(x, positions, state)
+        return y if rows is None else rows.unpack(y), state
 
     @abstractmethod
-    def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
-        """x (B, T, C) without padding, positions (T,) or (B or 1, T) -> y (B, T, C)."""
+    def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
+        """x (B, T, C) without padding, positions (T,) or (B or 1, T), None if none are rotated -> y (B, T, C)."""
 
     @abstractmethod
     def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
@@ -146,5 +151,10 @@ class CausalAttention(nn.Module, ABC):
     def output_projection(self) -> nn.Linear:
         return nn.Linear(self.inner_size, self.hidden_size, bias=self.bias is True)
 
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x if self.rotary is None else self.rotary(x, positions)
+    def rotate(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        return x if self.rotary is None or positions is None else self.rotary(x, positions)
+
+    @cached_property
+    def form_of_state(self) -> dict[str, Entry]:
+        """`state_entries`, made once: a step of decoding is short."""
+        return self.state_entries(torch.float32)

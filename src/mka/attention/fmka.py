@@ -60,7 +60,7 @@ class FastMemoryKeyedAttention(MemoryAttention):
             self.index_q_proj = nn.Linear(hidden_size, index_size, bias=False)
             self.index_k_proj = nn.Linear(hidden_size, index_size, bias=False)
 
-    def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
+    def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         """Query, memories, route, fuse, attend, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
         q, t = self.heads(self.q_proj, x), token_index(x, state)
         f = self.fuse(x, t, self.router(q, self.levels_at(t, 0)), state)

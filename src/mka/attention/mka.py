@@ -71,7 +71,7 @@ class MemoryKeyedAttention(MemoryAttention):
         check_at_least("session_stride", session_stride, 1)
         self.session_stride = session_stride
 
-    def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
+    def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         """Query, route, three reads, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
         q, k, v = self.heads(self.q_proj, x), self.heads(self.k_proj, x), self.heads(self.v_proj, x)
         levels = self.levels_at(token_index(x, state), self.session_stride - 1)
@@ -86,38 +86,38 @@ class MemoryKeyedAttention(MemoryAttention):
             o = o + weights[..., LONG_TERM, None, None] * read
         return self.o_proj(o.flatten(2))
 
-    def read_local(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None) -> Tensor:
+    def read_local(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         """a_1 (B, T, H, D)."""
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         return attend_local(q, k, v, self.local_window, state, self.local_stores)
 
-    def read_session(self, q: Tensor, m: Tensor, positions: Tensor) -> Tensor:
+    def read_session(self, q: Tensor, m: Tensor, positions: Tensor | None) -> Tensor:
         """a_2 (B, T, H, D). Slot i is the average at token (i + 1) stride - 1, visible from there on; before, zeros."""
         first, stride = self.session_stride - 1, self.session_stride
         if q.shape[1] <= first:
             return torch.zeros_like(q)
-        k, v = self.slots(m[:, first::stride], positions[..., first::stride])
+        k, v = self.slots(m[:, first::stride], None if positions is None else positions[..., first::stride])
         q = self.rotate(q, positions)[:, first:]
         if stride == 1:
             return attend_causal(q, k, v)
         t = torch.arange(q.shape[1], device=m.device)
         return pad(attend_masked(q, k, v, t[::stride] <= t[:, None]), (0, 0, 0, 0, first, 0))
 
-    def read_slots(self, q: Tensor, m: Tensor, positions: Tensor, state: State) -> Tensor:
+    def read_slots(self, q: Tensor, m: Tensor, positions: Tensor | None, state: State) -> Tensor:
         """a_2 with the slots of the state."""
         stride, rows = self.session_stride, torch.arange(q.shape[0], device=q.device)[:, None]
         columns = slot_columns(stride, q.shape[1], state)
-        for name, x in zip(
-            SLOTS, self.slots(m[rows, columns], positions.expand(m.shape[:2])[rows, columns]), strict=True
-        ):
-            state.write(name, x)
+        if columns.shape[1]:
+            places = None if positions is None else positions.expand(m.shape[:2])[rows, columns]
+            for name, x in zip(SLOTS, self.slots(m[rows, columns], places), strict=True):
+                state.write(name, x)
         k, v = (state.all(name) for name in SLOTS)
         if not k.shape[1]:
             return torch.zeros_like(q)
         last_token = torch.arange(stride - 1, k.shape[1] * stride, stride, device=q.device)
         return attend_at(self.rotate(q, positions), k, v, token_index(q, state), last_token[None])
 
-    def slots(self, m: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def slots(self, m: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """k and v (B, N, G, D) of averages m (B, N, C)."""
         m = m.to(self.k_proj.weight.dtype)
         return self.rotate(self.heads(self.k_proj, m), positions), self.heads(self.v_proj, m)

@@ -66,7 +66,7 @@ class MultiHeadLatentAttention(CausalAttention):
             self.k_rope_proj = nn.Linear(hidden_size, qk_rope_head_dim, bias=before)
         self.o_proj = self.output_projection()
 
-    def mix(self, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
+    def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         q = self.queries(x, positions)
         z, k_rope = self.latent(x, positions)
         if state is not None and not state.is_fresh:
@@ -92,20 +92,20 @@ class MultiHeadLatentAttention(CausalAttention):
         o = einsum("bthr,hdr->bthd", read[..., : self.kv_lora_rank], w_uv)
         return o if self.v_up_proj.bias is None else o + self.v_up_proj.bias.unflatten(0, (self.num_heads, -1))
 
-    def queries(self, x: Tensor, positions: Tensor) -> Tensor:
+    def queries(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """q (B, T, H, D + D_rope), its last D_rope channels rotated."""
         low = x if self.q_lora_rank is None else normalise(self.q_norm, self.q_down_proj(x))
         q = self.q_proj(low).unflatten(-1, (self.num_heads, -1))
         if self.rotary is None:
             return q
-        return cat([q[..., : self.head_dim], self.rotary(q[..., self.head_dim :], positions)], dim=-1)
+        return cat([q[..., : self.head_dim], self.rotate(q[..., self.head_dim :], positions)], dim=-1)
 
-    def latent(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def latent(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What a cache holds: z (B, T, R) and the shared rotary key (B, T, 1, D_rope)."""
         z = normalise(self.kv_norm, self.kv_down_proj(x))
         if self.rotary is None:
             return z, None
-        return z, self.rotary(self.k_rope_proj(x).unsqueeze(2), positions)
+        return z, self.rotate(self.k_rope_proj(x).unsqueeze(2), positions)
 
     @property
     def num_parameters(self) -> int:

@@ -41,11 +41,10 @@ def attend_local(
         for name, x in new.items():
             state.write(name, x)
         return attend_causal(q, k, v, window, scale)
-    t = token_index(q, state)
     before = 0 if window is None else min(window - 1, max(state.past))
     if window is not None and q.shape[1] > spare_places(state, names[0], window):
         held = {name: torch.cat([state.latest(name, before, after=False).to(x.dtype), x], 1) for name, x in new.items()}
-        key = t[:, :1] - before + torch.arange(before + q.shape[1], device=q.device)
+        key = token_index(q, state)[:, :1] - before + torch.arange(before + q.shape[1], device=q.device)
         lead: int | None = before
         for name, x in new.items():
             state.write(name, x)
@@ -56,7 +55,7 @@ def attend_local(
     keys, values = (held[name] for name in names)
     if key is None:
         return attend_all(q, keys, values, scale)
-    return attend_at(q, keys, values, t, key, window, lead=lead, scale=scale)
+    return attend_at(q, keys, values, token_index(q, state), key, window, lead=lead, scale=scale)
 
 
 def spare_places(state: State, name: str, window: int) -> int:
@@ -77,11 +76,10 @@ def in_place(
     """
     one = state.is_even and state.lengths[0] - state.past[0] == 1
     if window is None or state.limit(names[0]) is not None:
-        held, key = {}, torch.empty(0)
-        for name in names:
-            held[name], key = state.places(name)
-        everything = one and (window is None or key.shape[1] <= window)
-        return held, None if everything else key, state.past[0] if window is None and state.is_even else None
+        held = {name: state.held(name) for name in names}
+        if one and (window is None or held[names[0]].shape[1] <= window):
+            return held, None, None
+        return held, state.entry_at(names[0]), state.past[0] if window is None and state.is_even else None
     reach = min(reach, max(state.lengths))
     held = {name: state.latest(name, reach, after=True) for name in names}
     if one:

@@ -61,9 +61,9 @@ class State:
         check_at_least("reversible", reversible, 0)
         self.owner, self.entries, self.reversible = owner, dict(entries), reversible
         self.past, self.lengths, self.furthest = ([0] * batch_size for _ in range(3))
+        self.checked: Mapping[str, Entry] | None = None
         self.tensors = {
-            name: torch.zeros(batch_size, 0, *entry.shape, dtype=entry.dtype, device=device)
-            for name, entry in entries.items()
+            name: store(batch_size, 0, entry.shape, dtype=entry.dtype, device=device) for name, entry in entries.items()
         }
 
     @property
@@ -98,7 +98,7 @@ class State:
         self.past, self.lengths, self.furthest = (
             [counts[row] for row in chosen] for counts in (self.past, self.lengths, self.furthest)
         )
-        return self._map(lambda x: x.index_select(0, index))
+        return self._map(lambda x: x.transpose(1, -2).index_select(0, index).transpose(1, -2))
 
     def reorder(self, beams: Tensor) -> "State":
         """The same as `select`, by the name that beam search gives it."""
@@ -141,6 +141,8 @@ class State:
 
     def check(self, owner: str, entries: Mapping[str, Entry], batch_size: int) -> None:
         """Raises ValueError for a state of another mechanism, other sizes or another number of rows."""
+        if owner == self.owner and self.batch_size == batch_size and self.checked is entries:
+            return
         if owner != self.owner:
             raise InputError(f"the state is one of {self.owner}; allowed: a state of {owner}, by its initial_state")
         if self.batch_size != batch_size:
@@ -149,6 +151,7 @@ class State:
             ours = self.entries.get(name)
             if ours is None or (ours.shape, ours.every, ours.latest) != (entry.shape, entry.every, entry.latest):
                 raise InputError(f"the state was made for other options of {owner}: its {name} is {ours}, not {entry}")
+        self.checked = entries
 
     def begin(self, counts: Sequence[int]) -> None:
         """A call brings `counts` (B,) valid tokens."""
@@ -201,16 +204,19 @@ class State:
         """(B, N, ...): every entry of a growing store; N is that of the longest row."""
         return self.tensors[name][:, : max(self.lengths) // self.entries[name].every]
 
-    def places(self, name: str) -> tuple[Tensor, Tensor]:
-        """The store as it lies, (B, S, ...), and the entry at each place, (B or 1, S); negative where there is none."""
-        limit = self.limit(name)
-        longest = max(self.lengths)
-        held = self.tensors[name][:, : longest if limit is None else min(longest, limit)]
+    def held(self, name: str) -> Tensor:
+        """The store of single tokens as it lies, (B, S, ...)."""
+        limit, longest = self.limit(name), max(self.lengths)
+        return self.tensors[name][:, : longest if limit is None else min(longest, limit)]
+
+    def entry_at(self, name: str) -> Tensor:
+        """The token at each place of `held`, (B or 1, S); negative where there is none."""
+        limit, held = self.limit(name), self.held(name)
         place = torch.arange(held.shape[1], device=held.device)[None]
         if limit is None:
-            return held, place
+            return place
         newest = torch.tensor(self.lengths[:1] if self.is_even else self.lengths, device=held.device)[:, None] - 1
-        return held, newest - (newest - place) % limit
+        return newest - (newest - place) % limit
 
     def latest(self, name: str, count: int, *, after: bool) -> Tensor:
         """(B, count, ...): the newest entries in order, the last one last, before this call's or after them.
@@ -232,9 +238,23 @@ class State:
         if needed <= data.shape[1]:
             return
         capacity = -(-(needed + needed // 8) // STEP) * STEP
-        larger = data.new_zeros(data.shape[0], capacity if limit is None else min(capacity, limit), *data.shape[2:])
+        places = capacity if limit is None else min(capacity, limit)
+        larger = store(data.shape[0], places, data.shape[2:], dtype=data.dtype, device=data.device)
         larger[:, : data.shape[1]] = data
         self.tensors[name] = larger
+
+
+def store(
+    rows: int,
+    places: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """(B, S, ...) zeros; of heads (B, S, G, D) each lies by itself in memory, as attention reads them."""
+    if len(shape) < 2:
+        return torch.zeros(rows, places, *shape, dtype=dtype, device=device)
+    return torch.zeros(rows, shape[0], places, *shape[1:], dtype=dtype, device=device).transpose(1, 2)
 
 
 def runs(begin: int, end: int, limit: int | None) -> Iterator[tuple[int, int]]:

@@ -54,7 +54,8 @@ class AttentionAdapter(nn.Module):
             y, _state = self.attention(hidden_states, positions=position_ids, valid=valid)
         else:
             layer = state_layer(past_key_values, self.layer_idx)
-            layer.prefetch()
+            if past_key_values.offloading:
+                layer.prefetch()
             y = layer.attend(self.attention, hidden_states, position_ids, valid)
             if past_key_values.offloading:
                 layer.offload()
