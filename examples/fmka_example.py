@@ -5,10 +5,12 @@ python examples/fmka_example.py --max_steps 600 --prompt "class Queue:"
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tyro
 from torch import nn
+from transformers import GenerationConfig
 
 from mka.data import BlockBatches, TextTokenizer, evaluation_batches, load_corpus, prepare_tokens
 from mka.distributed import start_ranks
@@ -85,17 +87,19 @@ def make_model(tokenizer: TextTokenizer, seed: int) -> nn.Module:
     return build_model(config, "fmka", seed, local_window=64, num_kv_heads=2)
 
 
-@torch.no_grad()
-def sample(model: nn.Module, tokenizer: TextTokenizer, prompt: str, num_tokens: int, device: torch.device) -> str:
-    """Top-40 sampling at temperature 0.8; every step reads the latest tokens anew, without a cache."""
-    model.eval()
-    tokens = torch.tensor(tokenizer.encode_batch([prompt]), device=device)
-    for _ in range(num_tokens):
-        logits = model(tokens[:, -SEQUENCE_LENGTH:]).logits[0, -1].float() / 0.8
-        best, index = logits.topk(40)
-        chosen = index[torch.multinomial(best.softmax(-1), 1)]
-        tokens = torch.cat([tokens, chosen[None]], dim=1)
-    return tokenizer.decode(tokens[0].tolist())
+def sample(model: Any, tokenizer: TextTokenizer, prompt: str, num_tokens: int, device: torch.device) -> str:
+    """Top-40 sampling at temperature 0.8; the model reads each token once and carries its memories along."""
+    row = torch.tensor(tokenizer.encode_batch([prompt]), device=device)
+    settings = GenerationConfig(
+        max_new_tokens=min(num_tokens, SEQUENCE_LENGTH - row.shape[1]),
+        do_sample=True,
+        temperature=0.8,
+        top_k=40,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.eos_id,
+    )
+    written = model.eval().generate(row, attention_mask=torch.ones_like(row), generation_config=settings)
+    return tokenizer.decode(written[0].tolist())
 
 
 if __name__ == "__main__":

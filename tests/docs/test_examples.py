@@ -14,12 +14,14 @@ ARGUMENTS = {
     "attention_in_your_model.py": (),
     "distributed_fmka_example.py": ("--max_steps", "2", "--num_ranks", "2", "--text_path", "TEXT"),
     "fmka_example.py": ("--max_steps", "2", "--num_tokens", "5", "--prompt", "def attend("),
+    "trainer_example.py": ("--max_steps", "2"),
 }
 """What makes an example short; each must be named. TEXT stands for a file with some."""
 PRINTED = {
     "attention_in_your_model.py": "fmka",
     "distributed_fmka_example.py": "2 rank(s) on cpu, ddp",
     "fmka_example.py": "def attend(",
+    "trainer_example.py": "gates of the memories, by layer: 1.000, 1.000, 1.000, 1.000",
 }
 START = """
 import runpy, sys, types

@@ -76,8 +76,11 @@ def attend_at(
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Attention of every query to every key."""
-    return _sdpa(q.to(k.dtype), k, v, scale=scale).to(q.dtype)
+    """Attention of every query to every key. The heads of a group are queries of one head: its keys are read once."""
+    tokens, groups = q.shape[1], k.shape[2]
+    queries = q.to(k.dtype).unflatten(2, (groups, -1)).transpose(2, 3).flatten(1, 2)
+    out = _sdpa(queries, k, v, scale=scale)
+    return out.unflatten(1, (tokens, -1)).transpose(2, 3).flatten(2, 3).to(q.dtype)
 
 
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
