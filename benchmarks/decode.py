@@ -56,7 +56,7 @@ def filled(model: Any, context: int) -> DynamicCache:
             room = held + 64 if limit is None else min(held + 64, limit)
             state.tensors[name] = store(1, room, entry.shape, entry.dtype).normal_()
         state.past, state.lengths, state.furthest = [context], [context], [context]
-        layer = StateLayer()
+        layer: Any = StateLayer()
         layer.state, layer.calls, layer.is_initialized = state, [(context, None)], True
         cache.layers.append(layer)
     return cache
@@ -66,7 +66,8 @@ def filled_reference(model: Any, context: int) -> DynamicCache:
     cache, config = DynamicCache(), model.config
     shape = (1, config.n_head, context, config.n_embd // config.n_head)
     for layer in range(config.n_layer):
-        cache.update(*(torch.randn(shape, dtype=model.dtype) for _ in range(2)), layer)
+        keys, values = (torch.randn(shape, dtype=model.dtype) for _ in range(2))
+        cache.update(keys, values, layer)
     return cache
 
 
@@ -86,7 +87,8 @@ def measure(size: str, kind: str, context: int, turns: int) -> dict[str, Any]:
     config = preset_config(PRESETS[size])
     config.n_positions = context + 256
     model = build_model(config, kind, **KINDS[kind]).to(DTYPES[size]).eval()
-    reference = GPT2LMHeadModel(config).to(DTYPES[size]).eval()
+    reference: Any = GPT2LMHeadModel(config).eval()
+    reference.to(DTYPES[size])
     cache = filled(model, context)
     predicted = sum(attention.state_nbytes(1, context) for attention in mechanisms(model))
     held = sum(state.nbytes for state in states(cache))

@@ -63,6 +63,7 @@ def main(example: Example) -> None:
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=train, eval_dataset=held_out)
         before = trainer.evaluate()["eval_loss"]

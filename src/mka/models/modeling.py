@@ -5,6 +5,7 @@ After `import mka.models`, AutoConfig and AutoModelForCausalLM load a folder tha
 
 import inspect
 import math
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -99,8 +100,27 @@ class MemoryConfig(PreTrainedConfig):
         check_options(self.attention_type, self.attention_options)
 
 
+def without_weights(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a model that refuses to show attention weights instead of giving none."""
+
+    @wraps(forward)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise InputError(
+                f"output_attentions is True; {self.config.attention_type} has none to show here, its kernels keep no "
+                "weights; allowed: False"
+            )
+        return forward(self, *args, **kwargs)
+
+    return checked
+
+
 class MemoryModel(PreTrainedModel):
     """Before a transformers class: builds it, then puts the mechanisms where its attention was."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.forward = without_weights(cls.forward)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
