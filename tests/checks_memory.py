@@ -34,8 +34,8 @@ def brute_force(
         for t in range(tokens):
             for g in range(groups):
                 allowed = rule(t, chunk_size, window)
-                key = lambda j, s=scores[b, t, g]: (-s[j].item(), -j if later_wins else j)  # noqa: E731
-                for rank, j in enumerate(sorted(allowed, key=key)[:top_k]):
+                order = sorted((-scores[b, t, g, j].item(), -j if later_wins else j, j) for j in allowed)
+                for rank, (*_, j) in enumerate(order[:top_k]):
                     index[b, t, g, rank] = j
                     found[b, t, g, rank] = True
     return Retrieved(index, found)

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import importlib
 import io
 import json
 import sysconfig
@@ -116,8 +117,7 @@ def tiny_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     home = tmp_path_factory.mktemp("tiny")
     folder = home / "work"
     folder.mkdir()
-    import mka.experiments  # noqa: F401
-
+    importlib.import_module("mka.experiments")
     gc.freeze()  # or each mechanism's garbage collection looks through all of torch
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)

@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -131,9 +132,9 @@ def test_report_needs_no_torch(six: Ended, tiny_place: Place) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"), [(cli.bench, "--help"), (cli.main, "bench --help"), (cli.main, "report --help")]
 )
-def test_help(entry: object, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(entry: Callable[[list[str]], int], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        entry(words.split())  # type: ignore[operator]
+        entry(words.split())
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     if "report" in words:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 import checks
 from checks_models import BACKBONES, LLAMA, TOKEN_IDS, shake, tokens
 from mka.memory.router import Router
-from mka.models import MODELS, convert, mechanisms
+from mka.models import MODELS, build_model, convert, mechanisms
 
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 LENGTH = 30
@@ -78,6 +78,13 @@ def test_fewer_groups_are_averages() -> None:
     torch.testing.assert_close(mqa.get_parameter("k_proj.weight"), k.unflatten(0, (2, -1)).mean(0))
     again = convert(convert(model, "mha"), "gqa", num_kv_heads=2)
     checks.close(logits(again, tokens(1, 9)), logits(model, tokens(1, 9)))
+
+
+def test_what_was_converted_can_be_converted_on() -> None:
+    model, ids = pretrained("mistral"), tokens(1, LENGTH)
+    checks.close(logits(convert(convert(model, "gqa"), "mha"), ids), logits(model, ids))
+    checks.close(logits(convert(convert(model, "fmka", local_window=9), "gqa"), ids), logits(model, ids))
+    refused("model holds MultiHeadLatentAttention", build_model(BACKBONES["llama"], "mla"))
 
 
 def test_the_model_given_stays_as_it_is() -> None:

@@ -8,21 +8,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mka.attention import ATTENTION_TYPES
 from mka.config import PRESETS, BenchmarkConfig, attention_options
-from mka.models import build_model, gpt2_config, matched_intermediate_size, mechanisms
+from mka.models import build_model, gpt2_config, matched_intermediate_size, mechanisms, preset_config
 
 CLAIMED_MILLIONS = {"quick": 5, "small": 14, "gpt2": 124}
 ALLOWED_DIFFERENCE = 0.005
 
 
 def sizes(name: str) -> GPT2Config:
-    preset = PRESETS[name]
-    return gpt2_config(
-        hidden_size=preset.hidden_size,
-        num_hidden_layers=preset.num_hidden_layers,
-        num_attention_heads=preset.num_attention_heads,
-        vocab_size=preset.vocab_size,
-        max_position_embeddings=preset.sequence_length,
-    )
+    return preset_config(PRESETS[name])
 
 
 def empty_model(kind: str, config: GPT2Config, **options: Any) -> GPT2LMHeadModel:

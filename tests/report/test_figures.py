@@ -23,7 +23,7 @@ NAMES = ["loss_tokens.svg", "loss_time.svg", "perplexity_cache.svg"]
 
 
 def texts(path: Path) -> list[str]:
-    root = ElementTree.fromstring(path.read_bytes())  # noqa: S314, our own file
+    root = ElementTree.fromstring(path.read_bytes())
     return ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
 
 

@@ -197,7 +197,8 @@ def test_a_checkpoint_is_safetensors_and_json_only(tmp_path: Path) -> None:
     assert files(folder) == set(tiny.CHECKPOINT_FILES)
     for name in ("model.safetensors", "optimizer.safetensors"):
         with safe_open(folder / name, "pt") as tensors:
-            assert all(torch.is_tensor(tensors.get_tensor(key)) for key in tensors.keys())  # noqa: SIM118
+            names = tensors.keys()
+            assert all(torch.is_tensor(tensors.get_tensor(name)) for name in names)
     for name in ("progress.json", "manifest.json"):
         assert isinstance(json.loads((folder / name).read_text(encoding="utf-8")), dict)
 

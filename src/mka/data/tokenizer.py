@@ -111,7 +111,8 @@ def load_gpt2() -> TextTokenizer:
     backend = byte_level(models.BPE(vocab=vocab, merges=merges))
     backend.add_special_tokens([END_OF_TEXT])
     tokenizer = with_end_of_text(backend, None, "gpt2")
-    assert tokenizer.vocab_size == GPT2_VOCAB_SIZE, f"{GPT2_PACKAGE} holds {tokenizer.vocab_size} tokens"  # noqa: S101
+    if tokenizer.vocab_size != GPT2_VOCAB_SIZE:
+        raise InputError(f"{GPT2_PACKAGE} holds {tokenizer.vocab_size} tokens; GPT-2 has {GPT2_VOCAB_SIZE}")
     return tokenizer
 
 

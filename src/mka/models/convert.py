@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mka.attention.grouped import GroupedAttention
 from mka.config import InputError
 from mka.models.adapter import AttentionAdapter
 from mka.models.build import mechanisms
@@ -31,9 +32,14 @@ def convert(model: Any, attention_type: str, **options: Any) -> Any:
     family = family_of(config)
     if attention_type not in CONVERTIBLE:
         raise InputError(f"attention is {attention_type!r}; a pretrained model can become: {', '.join(CONVERTIBLE)}")
-    groups = own_groups(model)
+    ours = mechanisms(model)
+    if ours and not isinstance(ours[0], GroupedAttention):
+        raise InputError(f"model holds {type(ours[0]).__name__}, which has no keys and values of its own to keep")
+    groups = ours[0].num_kv_heads if ours else kv_heads_of(config)
     if attention_type not in ("mha", "mqa"):
         options = {"num_kv_heads": groups} | options
+    if ours and ours[0].local_window is not None:
+        options = {"local_window": ours[0].local_window} | options
     full = memory_config(deepcopy(config), attention_type, options, learned_gate=True)
     converted = MODELS[config.model_type.removeprefix(PREFIX)](full).to(device=model.device, dtype=model.dtype)
     keep = {name: value for name, value in model.state_dict().items() if f".{family.attention_name}." not in name}
@@ -46,12 +52,6 @@ def convert(model: Any, attention_type: str, **options: Any) -> Any:
                 regroup = (groups, target.num_kv_heads) if name in ("k_proj", "v_proj") else None
                 copy_projection(linear, getattr(target, name), head_dim_of(config), regroup)
     return converted.train(model.training)
-
-
-def own_groups(model: Any) -> int:
-    """Key/value heads of the attention a model has now."""
-    ours = mechanisms(model)
-    return ours[0].num_kv_heads if ours else kv_heads_of(model.config)
 
 
 def projections(attention: Any) -> dict[str, dict[str, Tensor]]:
