@@ -134,6 +134,7 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
         ("--model", tmp_path / "strange", "--prompt", "x"): "it cannot be loaded",
         ("--model", tmp_path / "nowhere", "--prompt", "x"): "the hub cannot be reached|cannot be loaded",
         ("--model", folder, "--prompt", "x", "--temperature", "-1"): "temperature is -1.0; it must be 0 or above",
+        ("--model", folder, "--prompt", "x", "--temprature", "1"): "nearest: --temperature",
         ("--model", folder, "--prompt", "x", "--max_new_tokens", "0"): "max_new_tokens is 0; it must be at least 1",
     }
     for arguments, message in cases.items():

@@ -44,6 +44,7 @@ TABLE_WIDTH = 110
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 GO_ON = "run the same command again to go on, finished results are kept"
 
+OTHER_COMMANDS = {"report": ReportConfig, "generate": GenerateConfig, "chat": ChatConfig}
 Command = (
     Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
@@ -109,10 +110,11 @@ def parse(form: Any, program: str, arguments: Sequence[str] | None) -> Any:
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        raise InputError(one_line(complaint.getvalue())) from None
+        command = OTHER_COMMANDS.get(next(iter(arguments), ""), BenchmarkConfig)
+        raise InputError(one_line(complaint.getvalue(), command)) from None
 
 
-def one_line(box: str) -> str:
+def one_line(box: str, command: Any = BenchmarkConfig) -> str:
     """The first paragraph of tyro's message box, without frame and title; for an unknown flag, the nearest one."""
     lines = [line.strip("│╭╮╰╯─ \t") for line in COLOUR.sub("", box).splitlines()]
     lines = [line if line.strip("-") else "" for line in lines]  # where the output is not UTF-8, rules are minus signs
@@ -123,7 +125,7 @@ def one_line(box: str) -> str:
     if message.startswith("Unrecognized or misplaced"):
         message += "; a command comes first: bench, report, generate or chat"
     elif message.startswith("Unrecognized") and flags:
-        known = [f"--{field.name}" for field in fields(BenchmarkConfig)]
+        known = [f"--{field.name}" for field in fields(command)]
         alike = [flag for flag in known if flag.startswith(flags[0][:4])] or known
         message += f"; nearest: {difflib.get_close_matches(flags[0], alike, n=1, cutoff=0.0)[0]}"
     return f"{message} (--help lists all options)"
