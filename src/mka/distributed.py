@@ -8,7 +8,7 @@ import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage] (documented there)
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from mka.config import InputError
 
@@ -113,9 +115,30 @@ def start_ranks(timeout: float = 1800) -> Ranks:
     Raises RankLost if the others cannot be reached.
     """
     share_the_cores()
-    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    group = InitProcessGroupKwargs(init_method=meeting_point(), timeout=timedelta(seconds=timeout))
     with lost_ranks_said("while the ranks were joining"):
         return Ranks(Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[group]))
+
+
+def meeting_point() -> str | None:
+    """Where the ranks meet, as torch's init_method; None: where the launcher says.
+
+    torchrun keeps one store for all attempts of a launch. A rank that comes back before the others would read there the
+    address of one that has died, and spend the attempt on it; so each attempt gets a part of the store to itself. On
+    one machine only: several count their attempts apart.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    scheme = f"mka-attempt-{attempt}"
+
+    def meet(url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
+        for store, rank, count in rendezvous("env://", **options):
+            yield PrefixStore(scheme, store), rank, count
+
+    with suppress(RuntimeError):  # this process has said so before
+        register_rendezvous_handler(scheme, meet)
+    return f"{scheme}://"
 
 
 def share_the_cores() -> None:

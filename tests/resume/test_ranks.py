@@ -53,4 +53,5 @@ def test_torchrun_restarts_the_ranks(whole_on_two: Case, case_on_two: Case, late
     ended = case_on_two.torchrun(instant, late_rank=late, restarts=3)
     assert ended.statuses == [0], ended.printed
     assert "Going on after step 6 of 12" in ended.printed
+    assert "while the ranks were joining" not in ended.printed, "an attempt was spent on the address of a dead rank"
     assert case_on_two.outcome() == whole_on_two.outcome()
