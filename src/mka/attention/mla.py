@@ -16,7 +16,6 @@ from mka.attention.base import Bias, CausalAttention
 from mka.config import InputError, check_at_least
 from mka.memory.local import attend_local
 from mka.memory.state import Entry, State
-from mka.ops.attend import attend_causal
 from mka.ops.rotary import RotaryEmbedding
 
 
@@ -77,7 +76,7 @@ class MultiHeadLatentAttention(CausalAttention):
             k = cat([k, k_rope.expand(-1, -1, self.num_heads, -1)], dim=-1)
         if state is not None:
             state.write("latent", joined(z, k_rope))
-        o = attend_causal(q, k, v, self.local_window)
+        o = attend_local(q, k, v, self.local_window)
         return self.o_proj(o.flatten(2))
 
     def absorbed(self, q: Tensor, z: Tensor, k_rope: Tensor | None, state: State) -> Tensor:

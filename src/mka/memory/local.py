@@ -1,10 +1,36 @@
 """L1, the local level: the tokens themselves, within the window; from this call, and from a state before it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
 from mka.memory.state import Entry, State
-from mka.ops.attend import MIN_BLOCK, attend_all, attend_at, attend_causal
+from mka.ops.attend import MIN_BLOCK, attend_all, attend_at, attend_causal, attention_weights
+
+SHOWN: ContextVar[list[Tensor] | None] = ContextVar("shown", default=None)
+"""Where `attend_local` leaves its weights; None: nobody asked."""
+
+
+@contextmanager
+def shown_weights() -> Iterator[list[Tensor]]:
+    """Inside, every call of `attend_local` adds its weights (B, H, T, N) over the N tokens of a row, first token first.
+
+    A row of fewer tokens has zeros after its last one. They are computed besides: the kernels keep none.
+    """
+    weights: list[Tensor] = []
+    token = SHOWN.set(weights)
+    try:
+        yield weights
+    finally:
+        SHOWN.reset(token)
+
+
+def shown_here() -> list[Tensor] | None:
+    """The list of the `shown_weights` around this call; None without one, and while torch compiles."""
+    return None if torch.compiler.is_compiling() else SHOWN.get()
 
 
 def token_index(x: Tensor, state: State | None) -> Tensor:
@@ -34,6 +60,8 @@ def attend_local(
     q (B, T, H, D), k and v (B, T, G, D), rotated; the state keeps k and v under `names` (twice the same: k is v).
     Returns (B, T, H, D).
     """
+    if (shown := shown_here()) is not None:
+        shown.append(weights_over_tokens(q, k, window, state, names[0], scale))
     if state is None:
         return attend_causal(q, k, v, window, scale)
     new = dict(zip(names, (k, v), strict=True))
@@ -56,6 +84,23 @@ def attend_local(
     if key is None:
         return attend_all(q, keys, values, scale)
     return attend_at(q, keys, values, token_index(q, state), key, window, lead=lead, scale=scale)
+
+
+def weights_over_tokens(
+    q: Tensor, k: Tensor, window: int | None, state: State | None, name: str, scale: float | None
+) -> Tensor:
+    """(B, H, T, N): what `attend_local` is about to weigh the N tokens of a row with; its k is not written yet."""
+    t = token_index(q, state)
+    if state is None or state.is_fresh:
+        return attention_weights(q, k, t, t, window, scale)
+    before = max(state.past) if window is None else min(window - 1, max(state.past))
+    keys = torch.cat([state.latest(name, before, after=False).to(k.dtype), k], dim=1)
+    key = t[:, :1] - before + torch.arange(keys.shape[1], device=k.device)
+    near = attention_weights(q, keys, t, key, window, scale)
+    places = key.clamp(min=0)[:, None, None].expand_as(near)
+    tokens = max(max(state.lengths), int(key.max()) + 1)
+    far = near.new_zeros(*near.shape[:3], tokens)
+    return far.scatter_add(3, places, near)[..., : max(state.lengths)]
 
 
 def spare_places(state: State, name: str, window: int) -> int:

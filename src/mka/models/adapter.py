@@ -7,7 +7,8 @@ from transformers import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from mka.attention import CausalAttention
-from mka.models.cache import state_layer
+from mka.memory.local import shown_here
+from mka.models.cache import StateLayer, state_layer
 
 PADDING_MASK = "mka_padding_mask"
 
@@ -50,6 +51,7 @@ class AttentionAdapter(nn.Module):
                 f"{hidden_states.shape[0]} rows"
             )
         valid = None if attention_mask is None else attention_mask.bool()
+        layer = None
         if past_key_values is None:
             y, _state = self.attention(hidden_states, positions=position_ids, valid=valid)
         else:
@@ -59,4 +61,24 @@ class AttentionAdapter(nn.Module):
             y = layer.attend(self.attention, hidden_states, position_ids, valid)
             if past_key_values.offloading:
                 layer.offload()
+        if (shown := shown_here()) is not None:
+            shown[-1] = in_columns(shown[-1], valid, layer)
         return self.dropout(y), None
+
+
+def in_columns(weights: Tensor, valid: Tensor | None, layer: StateLayer | None) -> Tensor:
+    """Weights (B, H, T, N) over a row's tokens -> (B, H, T, columns seen), zeros at padding, as transformers has them.
+
+    `valid` (B, T) are the tokens of this call's columns, None: all; `layer` knows those of the calls before.
+    """
+    weights = spread(weights, valid if layer is None else layer.valid_columns())
+    return spread(weights.transpose(2, 3), valid).transpose(2, 3)
+
+
+def spread(weights: Tensor, valid: Tensor | None) -> Tensor:
+    """(..., tokens) -> (..., columns): each token's number where `valid` (B, columns) has it, zeros at padding."""
+    if valid is None:
+        return weights
+    valid = valid[:, None, None].to(weights.device)
+    place = (valid.cumsum(3) - 1).clamp(min=0)
+    return weights.gather(3, place.expand(*weights.shape[:3], -1)).masked_fill(~valid, 0)

@@ -48,6 +48,17 @@ class StateLayer(CacheLayerMixin):
         """Columns seen, padding included."""
         return sum(columns for columns, _ in self.calls)
 
+    def valid_columns(self) -> Tensor | None:
+        """(B, columns seen) bool, False for padding; None where there was none."""
+        if self.state is None or all(valid is None for _, valid in self.calls):
+            return None
+        rows = self.state.batch_size
+        calls = [
+            torch.ones(rows, count, dtype=torch.bool, device=self.device) if valid is None else valid.to(self.device)
+            for count, valid in self.calls
+        ]
+        return torch.cat(calls, dim=1)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,6 +31,7 @@ from transformers import (
 
 from mka.attention import ATTENTION_TYPES, CausalAttention, build_attention
 from mka.config import InputError, nearest, unknown_name
+from mka.memory.local import shown_weights
 from mka.memory.router import Router
 from mka.models.adapter import PADDING_MASK, AttentionAdapter
 from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of, rotary_of, window_of
@@ -100,19 +102,30 @@ class MemoryConfig(PreTrainedConfig):
         check_options(self.attention_type, self.attention_options)
 
 
-def without_weights(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a model that refuses to show attention weights instead of giving none."""
+def with_weights(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward with `output_attentions`: (B, H, T, columns seen) of each block, computed besides the kernels.
+
+    Raises ValueError for a mechanism that has no such weights.
+    """
 
     @wraps(forward)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("output_attentions", self.config.output_attentions):
+    def showing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.pop("output_attentions", None)
+        if not (self.config.output_attentions if wanted is None else wanted):
+            return forward(self, *args, **kwargs)
+        if self.config.attention_type == "mka":
             raise InputError(
-                f"output_attentions is True; {self.config.attention_type} has none to show here, its kernels keep no "
-                "weights; allowed: False"
+                "output_attentions is True; mka has no such weights: it mixes three attentions, over tokens, session "
+                "slots and retrieved chunks; allowed: False, or another attention type"
             )
-        return forward(self, *args, **kwargs)
+        as_dict = kwargs.pop("return_dict", None)
+        uncompiled: Any = torch.compiler.disable(forward)
+        with shown_weights() as weights:
+            output = uncompiled(self, *args, return_dict=True, **kwargs)
+        output.attentions = tuple(weights)
+        return output if (self.config.return_dict if as_dict is None else as_dict) else output.to_tuple()
 
-    return checked
+    return showing
 
 
 class MemoryModel(PreTrainedModel):
@@ -120,7 +133,7 @@ class MemoryModel(PreTrainedModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.forward = without_weights(cls.forward)
+        cls.forward = with_weights(cls.forward)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -83,6 +83,22 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> T
     return out.unflatten(1, (tokens, -1)).transpose(2, 3).flatten(2, 3).to(q.dtype)
 
 
+def attention_weights(
+    q: Tensor, k: Tensor, query: Tensor, key: Tensor, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """The weights (B, H, T, S) with which `attend_at` reads, float32 or better; they are stored, T x S of each head."""
+    groups = k.shape[2]
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+    scores = torch.einsum("btgnd,bsgd->bgnts", q.unflatten(2, (groups, -1)), k).flatten(1, 2) * scale
+    t, s = query[:, None, :, None], key[:, None, None, :]
+    seen = (s >= 0) & (s <= t)
+    if window is not None:
+        seen = seen & (s > t - window)
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1)
+
+
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
     """The window, exactly: a block of queries reads its own block of keys and the one before.
 
