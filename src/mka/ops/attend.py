@@ -4,6 +4,8 @@ Shapes: q (B, T, H, D), k and v (B, S, G, D), G divides H; tensors are transpose
 A query with nothing to attend to gives zeros.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -89,7 +91,7 @@ def attention_weights(
     """The weights (B, H, T, S) with which `attend_at` reads, float32 or better; they are stored, T x S of each head."""
     groups = k.shape[2]
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        scale = 1 / math.sqrt(q.shape[-1])
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     scores = torch.einsum("btgnd,bsgd->bgnts", q.unflatten(2, (groups, -1)), k).flatten(1, 2) * scale
     t, s = query[:, None, :, None], key[:, None, None, :]
