@@ -86,6 +86,7 @@ def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
     parameters = sum(p.numel() for p in model.parameters())
     cache_bytes = sum(m.state_nbytes(1, length, CACHE_DTYPE) for m in mechanisms(model))
     checkpoints = checkpoints_of(comparison, kind, seed)
+    failure = None
     try:
         run = train_model(comparison, model, kind, seed, checkpoints)
         started = time.perf_counter()
@@ -96,9 +97,11 @@ def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        failure = error.with_traceback(None)  # its frames hold what did not fit
+    if failure is not None:  # past the except clause, because until there Python 3.10 holds the frames itself
         del model
-        what_to_do = out_of_memory(comparison, kind, seed, error)
-        raise OutOfMemory(f"{kind}, seed {seed}: {what_to_do}") from None
+        what_to_do = out_of_memory(comparison, kind, seed, failure)
+        raise OutOfMemory(f"{kind}, seed {seed}: {what_to_do}")
     peak = highest(ranks, memory.peak())
     result = Result(
         attention_type=kind,
@@ -196,7 +199,6 @@ def train_model(
 
 def out_of_memory(comparison: Comparison, kind: str, seed: int, error: BaseException) -> str:
     """The advice for a training that did not fit, from a model made anew and one row of it."""
-    error.__traceback__ = None  # its frames hold what did not fit
     gc.collect()
     model = make_model(comparison, kind, seed)
     row = activation_bytes(model, comparison.config.sequence_length, comparison.precision.autocast())
