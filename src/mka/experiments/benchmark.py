@@ -77,31 +77,33 @@ def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[
 
 def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
     """Train and evaluate one mechanism, and append its result. Collective."""
-    config, ranks, console = comparison.config, comparison.ranks, comparison.console
+    console = comparison.console
     console.print(f"\n🏁 Testing {kind.upper()}...")
-    console.print(f"Using {ATTENTION_TITLES[kind]}" + (f" (seed {seed})" if len(config.seeds) > 1 else ""))
+    seeds = comparison.config.seeds
+    console.print(f"Using {ATTENTION_TITLES[kind]}" + (f" (seed {seed})" if len(seeds) > 1 else ""))
+    try:
+        return train_and_score(comparison, kind, seed)
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(f"{kind}, seed {seed}: {error}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = error.with_traceback(None)  # its frames hold what did not fit; Python 3.10 lets go of them below
+    raise OutOfMemory(f"{kind}, seed {seed}: {out_of_memory(comparison, kind, seed, failure)}")
+
+
+def train_and_score(comparison: Comparison, kind: str, seed: int) -> Result:
+    config, ranks = comparison.config, comparison.ranks
     memory = PeakMemory(ranks.device)
     model = make_model(comparison, kind, seed)
     length = config.sequence_length
     parameters = sum(p.numel() for p in model.parameters())
     cache_bytes = sum(m.state_nbytes(1, length, CACHE_DTYPE) for m in mechanisms(model))
     checkpoints = checkpoints_of(comparison, kind, seed)
-    failure = None
-    try:
-        run = train_model(comparison, model, kind, seed, checkpoints)
-        started = time.perf_counter()
-        held = evaluate(comparison, model)
-        eval_seconds = time.perf_counter() - started
-    except NonFiniteLoss as error:
-        raise NonFiniteLoss(f"{kind}, seed {seed}: {error}") from None
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = error.with_traceback(None)  # its frames hold what did not fit
-    if failure is not None:  # past the except clause, because until there Python 3.10 holds the frames itself
-        del model
-        what_to_do = out_of_memory(comparison, kind, seed, failure)
-        raise OutOfMemory(f"{kind}, seed {seed}: {what_to_do}")
+    run = train_model(comparison, model, kind, seed, checkpoints)
+    started = time.perf_counter()
+    held = evaluate(comparison, model)
+    eval_seconds = time.perf_counter() - started
     peak = highest(ranks, memory.peak())
     result = Result(
         attention_type=kind,
