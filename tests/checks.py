@@ -14,12 +14,20 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 RELATIVE_RMS = {torch.bfloat16: 2e-2}
 
 HIDDEN_SIZE, NUM_HEADS = 16, 4
-SMALL = {"num_kv_heads": 2, "local_window": 5, "chunk_size": 3, "top_k": 2, "session_stride": 4, "index_size": 3}
+SMALL = {
+    "num_kv_heads": 2,
+    "local_window": 5,
+    "chunk_size": 3,
+    "top_k": 2,
+    "session_stride": 4,
+    "session_slots": 3,
+    "index_size": 3,
+}
 ROTARY = RotaryEmbedding(HIDDEN_SIZE // NUM_HEADS)
 VARIANTS: dict[str, dict[str, Any]] = {
     "small": SMALL,
-    "no-window": SMALL | {"local_window": None, "session_stride": 1},
-    "literal": {"local_window": None, "session_decay": 0.9, "session_stride": 1, "top_k": 0},
+    "no-window": SMALL | {"local_window": None, "session_stride": 1, "session_slots": 7},
+    "literal": {"local_window": None, "session_decay": 0.9, "session_stride": 1, "session_slots": None, "top_k": 0},
     "biased": SMALL | {"bias": True, "q_lora_rank": 6, "kv_lora_rank": 3},
     "wide": SMALL | {"head_dim": 6, "bias": "qkv"},
     "rotary": SMALL | {"rotary": ROTARY, "qk_rope_head_dim": ROTARY.head_dim},

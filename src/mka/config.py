@@ -60,13 +60,19 @@ def check_heads(hidden_size: int, num_heads: int, num_kv_heads: int, kv_option: 
 
 
 def check_memory(
-    local_window: int | None, chunk_size: int, top_k: int, session_decay: SessionDecay, session_stride: int = 1
+    local_window: int | None,
+    chunk_size: int,
+    top_k: int,
+    session_decay: SessionDecay,
+    session_stride: int = 1,
+    session_slots: int | None = None,
 ) -> None:
     """Limits of the three memory levels; raises InputError."""
     check_at_least("local_window", local_window, 1)
     check_at_least("chunk_size", chunk_size, 1)
     check_at_least("top_k", top_k, 0)
     check_at_least("session_stride", session_stride, 1)
+    check_at_least("session_slots", session_slots, 1)
     if session_decay not in ("learned", None) and not (isinstance(session_decay, float) and 0 < session_decay < 1):
         raise InputError(f"session_decay is {session_decay!r}; it must be 'learned', None or between 0 and 1")
 
@@ -175,6 +181,8 @@ class BenchmarkConfig:
     """Decay of the session average: learned, or a number between 0 and 1; None: no session level."""
     session_stride: int = 16
     """mka keeps the session average of every so many tokens as a slot to attend to; 1: of every token."""
+    session_slots: int | None = 256
+    """The latest slots that mka attends to; None: all of them."""
     match: Literal["none", "parameters"] = "none"
     """parameters: adjust the MLP so that every mechanism has the parameters of mha."""
     output_dir: str | None = None
@@ -253,7 +261,8 @@ class ResolvedConfig(BenchmarkConfig):
             raise InputError("--deepspeed and --strategy fsdp are both given; choose one")
         if self.deepspeed_config is not None and not self.deepspeed:
             raise InputError(f"deepspeed_config is {self.deepspeed_config!r} without --deepspeed; give both")
-        check_memory(self.local_window, self.chunk_size, self.top_k, self.session_decay, self.session_stride)
+        session = (self.session_decay, self.session_stride, self.session_slots)
+        check_memory(self.local_window, self.chunk_size, self.top_k, *session)
         preset = PRESETS[self.preset]
         kv_heads = self.num_groups if "gqa" in self.mechanisms else 1
         check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads, "num_groups")
@@ -265,7 +274,7 @@ def attention_options(kind: str, config: BenchmarkConfig) -> dict[str, object]:
         return {"num_kv_heads": config.num_groups}
     if kind in ("mka", "fmka"):
         names = ["local_window", "chunk_size", "top_k", "session_decay"]
-        names += ["session_stride"] if kind == "mka" else []
+        names += ["session_stride", "session_slots"] if kind == "mka" else []
         return {name: getattr(config, name) for name in names}
     return {}
 

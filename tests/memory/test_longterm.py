@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from checks import close
-from mka.memory.longterm import Retrieved, chunk_mask, chunk_means, read_summaries, retrieve
+from mka.memory.longterm import Retrieved, chunk_means, read_summaries, retrieve
 
 
 @pytest.mark.parametrize(("tokens", "chunk_size"), [(1, 1), (7, 7), (6, 7), (23, 3), (24, 3), (25, 1)])
@@ -70,13 +70,3 @@ def test_scores_far_apart_stay_finite() -> None:
     read = read_summaries(u * 1e5, keys, means, Retrieved(index, found))
     best = means[torch.arange(2)[:, None], index[:, :, 0, 0]]
     close(read[:, 6:], best[:, 6:])
-
-
-def test_chunk_mask_marks_the_tokens_of_the_found_chunks() -> None:
-    *_, index, found = reading()
-    mask = chunk_mask(Retrieved(index, found), chunks=6, chunk_size=3)
-    assert mask.shape == (2, 20, 1, 18)
-    for b in range(2):
-        for t in range(20):
-            chosen = index[b, t, 0][found[b, t, 0]].tolist()
-            assert mask[b, t, 0].nonzero().flatten().tolist() == sorted(3 * j + i for j in chosen for i in range(3))

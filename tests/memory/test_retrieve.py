@@ -60,13 +60,16 @@ def test_the_earlier_chunk_wins_a_tie() -> None:
     checks_memory.assert_earlier_chunk_wins_ties(retrieve)
 
 
-@pytest.mark.parametrize("tile", [1, 2, 7, 22, 23, 64])
-@pytest.mark.parametrize(("chunk_size", "window"), [(3, 5), (4, 0)])
-def test_tiles_do_not_matter(tile: int, chunk_size: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["QUERY_TILE", "SUMMARY_TILE"])
+@pytest.mark.parametrize("tile", [1, 2, 3, 7, 22, 23, 64])
+@pytest.mark.parametrize(("chunk_size", "window"), [(3, 5), (4, 0), (1, 0)])
+def test_tiles_do_not_matter(
+    name: str, tile: int, chunk_size: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queries, summaries = inputs(23, chunk_size)
     options: dict[str, Any] = {"chunk_size": chunk_size, "window": window, "top_k": 3}
     whole = retrieve(queries, summaries, **options)
-    monkeypatch.setattr(longterm, "QUERY_TILE", tile)
+    monkeypatch.setattr(longterm, name, tile)
     tiled = retrieve(queries, summaries, **options)
     assert torch.equal(tiled.chunk, whole.chunk)
     assert torch.equal(tiled.found, whole.found)

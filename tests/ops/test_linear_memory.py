@@ -12,7 +12,7 @@ from checks import options_of
 from mka.attention import build_attention
 from mka.ops.attend import attend_masked
 
-LINEAR_KINDS = ["mha", "mqa", "gqa", "mla", "fmka"]
+LINEAR_KINDS = ["mha", "mqa", "gqa", "mla", "mka", "fmka"]
 
 
 class LargestOutput(TorchDispatchMode):

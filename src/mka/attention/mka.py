@@ -14,7 +14,6 @@ K chunks retrieved, J = T // c, M = 3 levels.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mka.attention.base import Bias
 from mka.attention.grouped import MemoryAttention
@@ -24,15 +23,13 @@ from mka.memory.longterm import (
     Retrieved,
     attend_chunks,
     chunk_entries,
-    chunk_mask,
     chunk_means,
     retrieve,
     state_chunk_means,
 )
 from mka.memory.router import LOCAL, LONG_TERM, SESSION
-from mka.memory.session import slot_columns
+from mka.memory.session import attend_slots, slot_columns
 from mka.memory.state import Entry, State
-from mka.ops.attend import attend_at, attend_causal, attend_masked
 from mka.ops.rotary import RotaryEmbedding
 
 TOKENS, LOCAL_TOKENS, SLOTS = ("k", "v"), ("local_k", "local_v"), ("slot_k", "slot_v")
@@ -42,9 +39,10 @@ TOKENS, LOCAL_TOKENS, SLOTS = ("k", "v"), ("local_k", "local_v"), ("slot_k", "sl
 class MemoryKeyedAttention(MemoryAttention):
     """Local window w, session slots at every `session_stride`-th token, and the K best chunks outside the window.
 
-    `session_decay=None` switches the session level off, `top_k=0` or `local_window=None` the long-term level (with no
-    window nothing lies outside it). Retrieval is per token and key/value head: the group's queries, summed, against
-    the mean key of each chunk. Retrieved keys are placed at the window's edge by rotary embeddings.
+    A token reads the latest `session_slots` slots (None: all of them). `session_decay=None` switches the session level
+    off, `top_k=0` or `local_window=None` the long-term level (with no window nothing lies outside it). Retrieval is per
+    token and key/value head: the group's queries, summed, against the mean key of each chunk. Retrieved keys are placed
+    at the window's edge by rotary embeddings.
     Raises ValueError for heads that do not divide and limits of the memory levels.
     """
 
@@ -59,6 +57,7 @@ class MemoryKeyedAttention(MemoryAttention):
         top_k: int = 4,
         session_decay: SessionDecay = "learned",
         session_stride: int = 16,
+        session_slots: int | None = 256,
         router_size: int | None = None,
         head_dim: int | None = None,
         bias: Bias = False,
@@ -69,7 +68,9 @@ class MemoryKeyedAttention(MemoryAttention):
         shared = (chunk_size, top_k, session_decay, router_size, head_dim, bias, rotary)
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
         check_at_least("session_stride", session_stride, 1)
+        check_at_least("session_slots", session_slots, 1)
         self.session_stride = session_stride
+        self.session_slots = session_slots
 
     def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         """Query, route, three reads, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
@@ -78,8 +79,7 @@ class MemoryKeyedAttention(MemoryAttention):
         weights = self.router(q, levels).to(q.dtype)
         o = weights[..., LOCAL, None, None] * self.read_local(q, k, v, positions, state)
         if self.session is not None:
-            m = self.session(x, state)
-            read = self.read_session(q, m, positions) if state is None else self.read_slots(q, m, positions, state)
+            read = self.read_session(q, self.session(x, state), positions, state)
             o = o + weights[..., SESSION, None, None] * read
         if self.top_k:
             read = self.read_long_term(q, k, v) if state is None else self.read_chunks(q, k, v, state)
@@ -91,31 +91,17 @@ class MemoryKeyedAttention(MemoryAttention):
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         return attend_local(q, k, v, self.local_window, state, self.local_stores)
 
-    def read_session(self, q: Tensor, m: Tensor, positions: Tensor | None) -> Tensor:
+    def read_session(self, q: Tensor, m: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         """a_2 (B, T, H, D). Slot i is the average at token (i + 1) stride - 1, visible from there on; before, zeros."""
-        first, stride = self.session_stride - 1, self.session_stride
-        if q.shape[1] <= first:
-            return torch.zeros_like(q)
-        k, v = self.slots(m[:, first::stride], None if positions is None else positions[..., first::stride])
-        q = self.rotate(q, positions)[:, first:]
-        if stride == 1:
-            return attend_causal(q, k, v)
-        t = torch.arange(q.shape[1], device=m.device)
-        return pad(attend_masked(q, k, v, t[::stride] <= t[:, None]), (0, 0, 0, 0, first, 0))
-
-    def read_slots(self, q: Tensor, m: Tensor, positions: Tensor | None, state: State) -> Tensor:
-        """a_2 with the slots of the state."""
-        stride, rows = self.session_stride, torch.arange(q.shape[0], device=q.device)[:, None]
-        columns = slot_columns(stride, q.shape[1], state)
-        if columns.shape[1]:
+        stride, first = self.session_stride, self.session_stride - 1
+        if state is None:
+            k, v = self.slots(m[:, first::stride], None if positions is None else positions[..., first::stride])
+        else:
+            columns = slot_columns(stride, m.shape[1], state)
+            rows = torch.arange(m.shape[0], device=m.device)[:, None]
             places = None if positions is None else positions.expand(m.shape[:2])[rows, columns]
-            for name, x in zip(SLOTS, self.slots(m[rows, columns], places), strict=True):
-                state.write(name, x)
-        k, v = (state.all(name) for name in SLOTS)
-        if not k.shape[1]:
-            return torch.zeros_like(q)
-        last_token = torch.arange(stride - 1, k.shape[1] * stride, stride, device=q.device)
-        return attend_at(self.rotate(q, positions), k, v, token_index(q, state), last_token[None])
+            k, v = self.slots(m[rows, columns], places)
+        return attend_slots(self.rotate(q, positions), k, v, stride, self.session_slots, state, SLOTS)
 
     def slots(self, m: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """k and v (B, N, G, D) of averages m (B, N, C)."""
@@ -127,14 +113,10 @@ class MemoryKeyedAttention(MemoryAttention):
 
         Every retrieved key stands at the same distance, the window's edge.
         """
-        window, chunks = self.local_window or 0, self.num_candidates(q.shape[1])
-        first, reach = window + self.chunk_size - 1, chunks * self.chunk_size
-        if not chunks:
+        if not self.num_candidates(q.shape[1]):
             return torch.zeros_like(q)
         retrieved = self.retrieve(q, chunk_means(k, self.chunk_size))
-        mask = chunk_mask(Retrieved(*(x[:, first:] for x in retrieved)), chunks, self.chunk_size)
-        read = attend_masked(self.at_edge(q[:, first:]), k[:, :reach], v[:, :reach], mask)
-        return pad(read, (0, 0, 0, 0, first, 0))
+        return attend_chunks(self.at_edge(q), k, v, retrieved, self.chunk_size)
 
     def read_chunks(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
         """a_3 with the chunks of the state."""
@@ -169,7 +151,8 @@ class MemoryKeyedAttention(MemoryAttention):
         entries = local_entries(self.local_stores, heads, dtype, self.local_window)
         if self.session is not None:
             entries |= self.session.entries(self.hidden_size, dtype)
-            entries |= {name: Entry(heads, dtype, every=self.session_stride) for name in SLOTS}
+            slot = Entry(heads, dtype, every=self.session_stride, latest=self.session_slots)
+            entries |= dict.fromkeys(SLOTS, slot)
         if self.top_k:
             entries |= local_entries(TOKENS, heads, dtype, None) | chunk_entries(heads, dtype, self.chunk_size)
         return entries
@@ -180,5 +163,6 @@ class MemoryKeyedAttention(MemoryAttention):
         flops = super().flops_per_token(context)
         if self.session is not None:
             slots, fresh = divmod(context, self.session_stride)
+            slots = slots if self.session_slots is None else min(slots, self.session_slots)
             flops += 4 * inner * slots + 4 * c * kv * (fresh == 0)
         return flops + 2 * kv * candidates + 4 * inner * self.chunk_size * min(self.top_k, candidates)

@@ -104,6 +104,8 @@ def naive_mka(attn: MemoryKeyedAttention, x: Tensor, positions: Tensor) -> Itera
         first = window_start(attn, t + 1)
         query = place(attn.rotary, q, position)
         reads = [attend(query, placed[first:], values[first:])]
+        if attn.session_slots is not None:
+            del slots[: -attn.session_slots], slot_values[: -attn.session_slots]
         reads.append(attend(query, slots, slot_values) if slots else torch.zeros_like(q))
         candidates = attn.num_candidates(t + 1)
         reads.append(read_chunks(attn, q, raw, values, summaries[:candidates]))

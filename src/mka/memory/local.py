@@ -73,17 +73,18 @@ def attend_local(
     if window is not None and q.shape[1] > spare_places(state, names[0], window):
         held = {name: torch.cat([state.latest(name, before, after=False).to(x.dtype), x], 1) for name, x in new.items()}
         key = token_index(q, state)[:, :1] - before + torch.arange(before + q.shape[1], device=q.device)
-        lead: int | None = before
+        column: int | None = before
         for name, x in new.items():
             state.write(name, x)
     else:
         for name, x in new.items():
             state.write(name, x)
-        held, key, lead = in_place(state, names, window, before + q.shape[1])
+        held, key, column = in_place(state, names, window, before + q.shape[1])
     keys, values = (held[name] for name in names)
     if key is None:
         return attend_all(q, keys, values, scale)
-    return attend_at(q, keys, values, token_index(q, state), key, window, lead=lead, scale=scale)
+    newest = None if column is None else lambda i: column + i
+    return attend_at(q, keys, values, token_index(q, state), key, window, newest=newest, scale=scale)
 
 
 def weights_over_tokens(
@@ -115,7 +116,8 @@ def spare_places(state: State, name: str, window: int) -> int:
 def in_place(
     state: State, names: tuple[str, str], window: int | None, reach: int
 ) -> tuple[dict[str, Tensor], Tensor | None, int | None]:
-    """Keys and values without copying them where all rows are even: by name, their token indices, `lead`.
+    """Keys and values without copying them where all rows are even: by name, their token indices, and the
+    column of the call's first token where they stand in order.
 
     No indices: the one token of this call sees all of them.
     """

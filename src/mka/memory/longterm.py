@@ -16,10 +16,14 @@ from torch.nn.functional import embedding_bag
 
 from mka.memory.state import Entry, State
 from mka.ops.attend import attend_masked
+from mka.ops.chunks import chunk_attention
 from mka.ops.precision import no_autocast, upcast, wide
 
-QUERY_TILE = 512
-"""Queries scored at once: scores take (tile, T / c) per group, whatever T is."""
+QUERY_TILE, SUMMARY_TILE = 512, 4096
+"""Queries and summaries scored at once: the scores take no more than that of each group, whatever T is."""
+GATHERED_PAIRS, GATHERED_PAIRS_PER_CHUNK = 64, 2
+"""Up to so many (query, chunk) pairs, or for every chunk there is, gathering is faster than sorting
+(benchmarks/long_context.py)."""
 
 
 class Retrieved(NamedTuple):
@@ -79,25 +83,46 @@ def retrieve(
     queries (B, T, G, E), summaries (B, J, G, E), both before any rotary embedding; t (B or 1, T) the token index of
     each query (None: 0, 1, ...).
     """
-    batch, tokens, groups, _ = queries.shape
-    index = torch.zeros(batch, tokens, groups, top_k, dtype=torch.long, device=queries.device)
-    found = torch.zeros_like(index, dtype=torch.bool)
-    candidates = num_candidates(torch.arange(tokens, device=index.device)[None] if t is None else t, chunk_size, window)
+    tokens = queries.shape[1]
+    candidates = num_candidates(
+        torch.arange(tokens, device=queries.device)[None] if t is None else t, chunk_size, window
+    )
     with no_autocast(queries):
         queries = upcast(queries).transpose(1, 2)
         summaries = summaries.to(queries.dtype).permute(0, 2, 3, 1)
+        tiles = []
         for start in range(0, tokens, QUERY_TILE):
             tile = slice(start, min(start + QUERY_TILE, tokens))
             reach = max(0, (tile.stop - window) // chunk_size) if t is None else summaries.shape[-1]
-            scores = queries[:, :, tile] @ summaries[..., :reach]
-            missing = torch.arange(reach, device=index.device) >= candidates[:, None, tile, None]
-            scores.masked_fill_(missing, -torch.inf)
-            for rank in range(min(top_k, reach)):
-                best, chunk = scores.max(-1)
-                index[:, tile, :, rank] = chunk.transpose(1, 2)
-                found[:, tile, :, rank] = (best > -torch.inf).transpose(1, 2)
-                scores.scatter_(-1, chunk[..., None], -torch.inf)
-    return Retrieved(index.masked_fill_(~found, 0), found)
+            tiles.append(best_chunks(queries[:, :, tile], summaries[..., :reach], candidates[:, None, tile], top_k))
+        score, chunk = (torch.cat(parts, dim=2).transpose(1, 2) for parts in zip(*tiles, strict=True))
+    found = score > -torch.inf
+    return Retrieved(chunk.masked_fill(~found, 0), found)
+
+
+def best_chunks(queries: Tensor, summaries: Tensor, candidates: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The K best scores, -inf where there are fewer candidates, and their chunks, both (B, G, T, K), best first.
+
+    queries (B, G, T, E), summaries (B, G, E, J); the first `candidates` (B or 1, 1, T) summaries are candidates.
+    """
+    score = queries.new_full((*queries.shape[:3], top_k), -torch.inf)
+    chunk = torch.zeros_like(score, dtype=torch.long)
+    for start in range(0, summaries.shape[3], SUMMARY_TILE):
+        scores = queries @ summaries[..., start : start + SUMMARY_TILE]
+        column = torch.arange(start, start + scores.shape[3], device=scores.device)
+        scores.masked_fill_(column >= candidates[..., None], -torch.inf)
+        found = [(score, chunk)] if start else []
+        for _ in range(min(top_k, scores.shape[3])):
+            best, place = scores.max(-1, keepdim=True)
+            found.append((best, place + start))
+            scores.scatter_(-1, place, -torch.inf)
+        merged, places = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+        if start:
+            merged, order = merged.sort(dim=-1, descending=True, stable=True)  # the earlier chunks stand first
+            places = places.gather(-1, order)
+        kept = min(top_k, merged.shape[3])
+        score[..., :kept], chunk[..., :kept] = merged[..., :kept], places[..., :kept]
+    return score, chunk
 
 
 def read_summaries(u: Tensor, keys: Tensor, means: Tensor, retrieved: Retrieved) -> Tensor:
@@ -121,15 +146,17 @@ def read_summaries(u: Tensor, keys: Tensor, means: Tensor, retrieved: Retrieved)
 def attend_chunks(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int) -> Tensor:
     """Attention of each query to the tokens of the chunks it retrieved; zeros where nothing was found.
 
-    q (B, T, H, D), k and v (B, S, G, D) with S at least the tokens of all completed chunks. The few tokens of a few
-    queries are gathered; for many queries they are masked.
+    q (B, T, H, D), k and v (B, S, G, D) with S at least the tokens of all completed chunks. Returns (B, T, H, D).
     """
-    batch, tokens, groups, top_k = retrieved.chunk.shape
-    if tokens * top_k * chunk_size > k.shape[1]:
-        reach = k.shape[1] // chunk_size
-        tokens_of = slice(0, reach * chunk_size)
-        mask = chunk_mask(retrieved, reach, chunk_size)
-        return attend_masked(q.to(k.dtype), k[:, tokens_of], v[:, tokens_of], mask).to(q.dtype)
+    tokens, top_k = retrieved.chunk.shape[1], retrieved.chunk.shape[3]
+    if tokens * top_k <= max(GATHERED_PAIRS, GATHERED_PAIRS_PER_CHUNK * k.shape[1] // chunk_size):
+        return gather_chunks(q, k, v, retrieved, chunk_size)
+    return chunk_attention(q, k, v, *retrieved, chunk_size)[0].to(q.dtype)
+
+
+def gather_chunks(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int) -> Tensor:
+    """`attend_chunks` for few queries: each has a copy of its tokens."""
+    batch, tokens, groups, _ = retrieved.chunk.shape
     offsets = torch.arange(chunk_size, device=q.device)
     index = (retrieved.chunk[..., None] * chunk_size + offsets).flatten(3)  # (B, T, G, K c)
     rows = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
@@ -139,11 +166,3 @@ def attend_chunks(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_s
     queries = q.unflatten(2, (groups, -1)).flatten(0, 2).unsqueeze(1)  # (B T G, 1, H / G, D)
     read = attend_masked(queries.to(k.dtype), keys, values, mask.unsqueeze(2))
     return read.flatten(1, 2).unflatten(0, (batch, tokens, groups)).flatten(2, 3).to(q.dtype)
-
-
-def chunk_mask(retrieved: Retrieved, chunks: int, chunk_size: int) -> Tensor:
-    """(B, T, G, chunks * c) bool: True for the tokens of the chunks that each query retrieved."""
-    index, found = retrieved
-    mask = torch.zeros(*index.shape[:3], chunks + 1, dtype=torch.bool, device=index.device)
-    mask.scatter_(-1, index.masked_fill(~found, chunks), True)
-    return mask[..., :chunks].repeat_interleave(chunk_size, dim=-1)

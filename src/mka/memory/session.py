@@ -6,7 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mka.memory.local import token_index
 from mka.memory.state import Entry, State
+from mka.ops.attend import attend_at, attend_causal
 from mka.ops.precision import upcast, wide
 from mka.ops.scan import carry_average, causal_average
 
@@ -58,3 +60,45 @@ def slot_columns(stride: int, tokens: int, state: State) -> Tensor:
     first = (stride - 1 - past) % stride
     count = max(after // stride - before // stride for after, before in zip(state.lengths, state.past, strict=True))
     return (first + stride * torch.arange(count, device=past.device)).clamp(max=tokens - 1)
+
+
+def attend_slots(
+    q: Tensor, k: Tensor, v: Tensor, stride: int, window: int | None, state: State | None, names: tuple[str, str]
+) -> Tensor:
+    """Attention to the latest `window` slots (None: all) that are completed, those of the state included.
+
+    q (B, T, H, D); k and v (B, N, G, D) are the slots that this call completes, of a row with fewer at its first
+    columns; the state keeps them under `names`. Before a row's first slot, zeros.
+    """
+    t = token_index(q, state)
+    if state is None:
+        if stride == 1:
+            return attend_causal(q, k, v, window)
+        slot, first = torch.arange(k.shape[1], device=q.device)[None], 0
+    else:
+        k, v, slot, first = slots_of_state(k, v, stride, window, state, names)
+    past = 0 if state is None else state.past[0]
+    newest = None if first is None else lambda i: (past + i + 1) // stride - 1 - first
+    return attend_at(q, k, v, (t + 1) // stride - 1, slot, window, newest=newest)
+
+
+def slots_of_state(
+    k: Tensor, v: Tensor, stride: int, window: int | None, state: State, names: tuple[str, str]
+) -> tuple[Tensor, Tensor, Tensor, int | None]:
+    """Keys and values of the slots that this call reads, after adding its own; their numbers (B or 1, N); and the
+    first number where all rows have as many slots and they stand in order."""
+    new, limit = dict(zip(names, (k, v), strict=True)), state.limit(names[0])
+    lost = max(n // stride - (past + 1) // stride for past, n in zip(state.past, state.lengths, strict=True))
+    before, earlier = {}, 0
+    if window is not None and limit is not None and lost > limit - window:  # writing would lose what is yet to be read
+        earlier = min(window, max(state.past) // stride)
+        before = {name: state.latest(name, earlier, after=False) for name in names}
+    for name, x in new.items():
+        state.write(name, x)
+    if before:
+        keys, values = (torch.cat([before[name], x.to(before[name].dtype)], dim=1) for name, x in new.items())
+        start = (state.starts(k.device) // stride)[:, None] - earlier
+        first = state.past[0] // stride - earlier if state.is_even else None
+        return keys, values, start + torch.arange(keys.shape[1], device=k.device), first
+    keys, values = (state.held(name) for name in names)
+    return keys, values, state.entry_at(names[0]), 0 if window is None and state.is_even else None

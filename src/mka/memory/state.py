@@ -2,7 +2,7 @@
 
     entry i of a store        one for every `every` tokens: keys (1), chunk summaries (c), session slots (stride)
     place i                   stores of which all entries are read; they grow in steps
-    place i mod limit         stores of which the `latest` entries are read: a ring of limit = latest + reversible
+    place i mod limit         stores of which the `latest` are read: a ring of limit = latest + reversible / every
 
     tokens 0 1 2 3 4 5 6      latest 4, reversible 0        ring  4 5 6 3
 
@@ -33,7 +33,8 @@ class Entry:
     latest: int | None = None
 
     def limit(self, reversible: int) -> int | None:
-        return None if self.latest is None else self.latest + reversible
+        """Entries that are kept, those that taking back `reversible` tokens needs included."""
+        return None if self.latest is None else self.latest - (-reversible // self.every)
 
     def nbytes(self, num_tokens: int, reversible: int) -> int:
         """Bytes of the entries held of one row of `num_tokens` tokens."""
@@ -205,17 +206,18 @@ class State:
         return self.tensors[name][:, : max(self.lengths) // self.entries[name].every]
 
     def held(self, name: str) -> Tensor:
-        """The store of single tokens as it lies, (B, S, ...)."""
-        limit, longest = self.limit(name), max(self.lengths)
+        """The store as it lies, (B, S, ...)."""
+        limit, longest = self.limit(name), max(self.lengths) // self.entries[name].every
         return self.tensors[name][:, : longest if limit is None else min(longest, limit)]
 
     def entry_at(self, name: str) -> Tensor:
-        """The token at each place of `held`, (B or 1, S); negative where there is none."""
-        limit, held = self.limit(name), self.held(name)
+        """The number of the entry at each place of `held`, (B or 1, S); negative where there is none."""
+        limit, held, every = self.limit(name), self.held(name), self.entries[name].every
         place = torch.arange(held.shape[1], device=held.device)[None]
         if limit is None:
             return place
-        newest = torch.tensor(self.lengths[:1] if self.is_even else self.lengths, device=held.device)[:, None] - 1
+        lengths = torch.tensor(self.lengths[:1] if self.is_even else self.lengths, device=held.device)[:, None]
+        newest = lengths // every - 1
         return newest - (newest - place) % limit
 
     def latest(self, name: str, count: int, *, after: bool) -> Tensor:
@@ -223,8 +225,8 @@ class State:
 
         Where a row has fewer, the first ones are something finite.
         """
-        limit, ends = self.limit(name), self.lengths if after else self.past
-        data = self.tensors[name]
+        limit, data = self.limit(name), self.tensors[name]
+        ends = [n // self.entries[name].every for n in (self.lengths if after else self.past)]
         if self.is_even and limit is None and ends[0] >= count:
             return data[:, ends[0] - count : ends[0]]
         entry = torch.tensor(ends, device=data.device)[:, None] - count + torch.arange(count, device=data.device)

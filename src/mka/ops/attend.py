@@ -5,6 +5,7 @@ A query with nothing to attend to gives zeros.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,25 +51,28 @@ def attend_at(
     key: Tensor,
     window: int | None = None,
     *,
-    lead: int | None = None,
+    newest: Callable[[int], int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal attention by token index: a query at t sees the keys at t - window + 1 .. t.
+    """Causal attention by index: a query at t sees the keys at t - window + 1 .. t.
 
-    query (B or 1, T) and key (B or 1, S) are the indices; a negative key is an empty place. With `lead`, key column
-    lead + i holds query i's own token and the keys before it stand in order: what no query of a tile sees is left out.
+    query (B or 1, T) and key (B or 1, S) are the indices; a negative key is an empty place. Where the keys stand in
+    order, `newest(i)` is the column of the last one that query i sees: what no query of a tile sees is left out.
     Keys may be of another dtype, that of a cache.
     """
     tokens, slots, given = q.shape[1], k.shape[1], q.dtype
     q = q.to(k.dtype)
     tile = max(1, min(QUERY_TILE, MASK_SIZE // max(1, slots)))
-    if window is not None and lead is not None:
+    if window is not None and newest is not None:
         tile = min(tile, max(window, MIN_BLOCK))
     reads = []
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
-        first = 0 if lead is None or window is None else max(0, start + lead - window + 1)
-        last = slots if lead is None else lead + stop
+        first = 0 if newest is None or window is None else max(0, newest(start) - window + 1)
+        last = slots if newest is None else newest(stop - 1) + 1
+        if first >= last:
+            reads.append(q.new_zeros(q.shape[0], stop - start, *q.shape[2:]))
+            continue
         t, s = query[:, start:stop, None], key[:, None, first:last]
         mask = (s >= 0) & (s <= t)
         if window is not None:

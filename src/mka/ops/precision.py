@@ -1,5 +1,9 @@
 """Where mixed precision stops: averages, router and retrieval scores are computed in float32 or better."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,3 +21,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def no_autocast(x: Tensor) -> torch.autocast:
     """A context in which the arithmetic keeps the dtype of its inputs."""
     return torch.autocast(device_type=x.device.type, enabled=False)
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose first argument is a tensor, under `no_autocast`."""
+
+    @wraps(function)
+    def wide_function(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with no_autocast(x):
+            return function(x, *args, **kwargs)
+
+    return wide_function

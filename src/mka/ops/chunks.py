@@ -1,0 +1,178 @@
+"""Attention of each query to the tokens of a few chunks of its own choice, chunk by chunk.
+
+    pairs (query, chunk) as chosen     sorted by chunk          blocks of P pairs with one chunk
+    q0: 2 0   q1: 0 1   q2: 2 0        0: q0 q1 q2              0: q0 q1 | q2 -      a block is a dense product of
+    q3: 1 2                            1: q1 q3                 1: q1 q3             its queries with the c keys
+                                       2: q0 q2 q3              2: q0 q2 | q3 -      of its chunk
+
+What a query reads in its K chunks is merged by the sums of their exponentials, as in MoBA (arXiv 2502.13189). The cost
+is that of K c keys a query, however many there are, and a chunk is loaded once for P of the queries that chose it.
+
+Shapes: q (B, T, H, D), k and v (B, S, G, D), chunk and found (B, T, G, K); c = chunk_size, J = S // c, R = H / G.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mka.ops.precision import wide, without_autocast
+
+QUERY_PAIRS = 2**17
+"""Pairs of the queries that are sorted together: what is stored besides the result does not grow with T."""
+BLOCK = 16
+"""Pairs that are a dense product with their chunk."""
+BLOCKS = 2**9
+"""Blocks multiplied at once."""
+
+
+class Blocks(NamedTuple):
+    """N blocks that are multiplied at once, in float32 or better.
+
+    segment (N,) = (row G + group) J + chunk. pair (N P,) counts those of the tile's (B, T, G, K), query = pair // K
+    its (B, T, G); where a place of a block is empty, pair is one past the last, and query any.
+    """
+
+    segment: Tensor
+    pair: Tensor
+    query: Tensor
+    queries: Tensor
+    """(N, P R, D), scaled"""
+    keys: Tensor
+    """(N, c, D)"""
+    values: Tensor
+
+
+@torch.library.custom_op("mka::chunk_attention", mutates_args=())
+@without_autocast
+def chunk_attention(
+    q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Returns o (B, T, H, D) and the log-sum-exp of the scores (B, T, H), both float32 or better.
+
+    A query with nothing found reads zeros, and its log-sum-exp is -inf.
+    """
+    o, lse = reads_like(q)
+    groups, width = k.shape[2:]
+    for tile in query_tiles(chunk):
+        shape = (*chunk[:, tile].shape, q.shape[2] // groups)
+        pairs = math.prod(shape[:4])
+        top = o.new_full((pairs + 1, shape[4]), -torch.inf)
+        total, read = torch.zeros_like(top), o.new_zeros(pairs + 1, shape[4] * width)
+        for block in blocks(q[:, tile], k, v, chunk[:, tile], found[:, tile], chunk_size):
+            scores = block.queries @ block.keys.transpose(1, 2)
+            highest = scores.amax(-1)
+            scores.sub_(highest.unsqueeze(-1)).exp_()
+            for store, x in ((top, highest), (total, scores.sum(-1)), (read, scores @ block.values)):
+                store[block.pair] = x.view(len(block.pair), -1)
+        top, total = (x[:pairs].view(shape) for x in (top, total))
+        highest = top.amax(3)
+        weight = (top - highest.clamp(min=torch.finfo(o.dtype).min).unsqueeze(3)).exp_()
+        denominator = (weight * total).sum(3)
+        read = read[:pairs].view(*shape, width).mul_(weight.unsqueeze(-1)).sum(3)
+        o[:, tile] = (read / denominator.masked_fill(denominator == 0, 1).unsqueeze(-1)).flatten(2, 3)
+        lse[:, tile] = (highest + denominator.log()).flatten(2)
+    return o, lse
+
+
+@torch.library.custom_op("mka::chunk_attention_backward", mutates_args=())
+@without_autocast
+def chunk_attention_backward(
+    grad: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; the scores are computed anew."""
+    dtype, top_k, (batch, slots, groups, width) = wide(q.dtype), chunk.shape[3], k.shape
+    chunks = slots // chunk_size
+    dq = q.new_empty(q.shape, dtype=dtype)
+    dk, dv = (k.new_zeros(batch * groups * chunks, chunk_size * width, dtype=dtype) for _ in range(2))
+    against = (grad * o).sum(-1)
+    for tile in query_tiles(chunk):
+        rows = chunk[:, tile].numel() // top_k
+        given, sums, less = (x[:, tile].reshape(rows, -1) for x in (grad, lse, against))
+        sums = pad(sums, (0, 0, 0, 1), value=torch.inf)  # an empty place has no weight
+        parts = dq.new_zeros(rows * top_k + 1, dq.shape[2] // groups * width)
+        for block in blocks(q[:, tile], k, v, chunk[:, tile], found[:, tile], chunk_size):
+            shape = (len(block.segment), -1)
+            out = given[block.query].view(*shape, width)
+            weight = block.queries @ block.keys.transpose(1, 2)
+            weight.sub_(sums[block.pair // top_k].view(*shape, 1)).exp_()
+            dv.index_add_(0, block.segment, (weight.transpose(1, 2) @ out).view(shape))
+            slope = out @ block.values.transpose(1, 2)
+            slope.sub_(less[block.query].view(*shape, 1)).mul_(weight)
+            dk.index_add_(0, block.segment, (slope.transpose(1, 2) @ block.queries).view(shape))
+            parts[block.pair] = (slope @ block.keys).view(len(block.pair), -1)
+        dq[:, tile] = parts[:-1].view(*chunk[:, tile].shape, -1).sum(3).view(dq[:, tile].shape)
+    dk, dv = (x.view(batch, groups, chunks * chunk_size, width).transpose(1, 2) for x in (dk, dv))
+    rest = (0, 0, 0, 0, 0, slots - chunks * chunk_size)
+    return dq.div_(math.sqrt(width)).to(q.dtype), pad(dk, rest).to(k.dtype), pad(dv, rest).to(v.dtype)
+
+
+def reads_like(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape, dtype=wide(q.dtype)), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+
+
+@chunk_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    return reads_like(q)
+
+
+@chunk_attention_backward.register_fake
+def _(
+    grad: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.chunk_size = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def differentiate(ctx: Any, grad: Tensor, _grad_of_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *chunk_attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.chunk_size), None, None, None
+
+
+chunk_attention.register_autograd(differentiate, setup_context=keep)
+
+
+def query_tiles(chunk: Tensor) -> Iterator[slice]:
+    batch, tokens, groups, top_k = chunk.shape
+    step = max(1, QUERY_PAIRS // (batch * groups * top_k))
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
+
+
+def blocks(q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int) -> Iterator[Blocks]:
+    """The found pairs, sorted by row, group and chunk, in blocks of one chunk each."""
+    slots, groups, width = k.shape[1:]
+    chunks, top_k, dtype = slots // chunk_size, chunk.shape[3], wide(q.dtype)
+    rows = q.reshape(-1, q.shape[2] // groups * width)  # one for each (b, t, g)
+    k, v = (x[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size)) for x in (k, v))
+    segments, pairs = sorted_pairs(chunk, found, chunks)
+    for start in range(0, len(segments), BLOCKS):
+        segment, pair = segments[start : start + BLOCKS], pairs[start : start + BLOCKS]
+        row, group, j = segment // (groups * chunks), segment // chunks % groups, segment % chunks
+        keys, values = (x[row, j, :, group].to(dtype) for x in (k, v))
+        pair = pair.flatten()
+        query = (pair // top_k).clamp(max=len(rows) - 1)
+        queries = rows[query].to(dtype).mul_(1 / math.sqrt(width)).view(len(segment), -1, width)
+        yield Blocks(segment, pair, query, queries, keys, values)
+
+
+def sorted_pairs(chunk: Tensor, found: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """`segment` (N,) and `pair` (N, P) of all blocks."""
+    batch, _, groups, _ = chunk.shape
+    first = torch.arange(0, batch * groups * chunks, chunks, device=chunk.device).view(batch, 1, groups, 1)
+    pair = found.flatten().nonzero().squeeze(1)
+    segment, order = (first + chunk).flatten()[pair].sort(stable=True)
+    counts = torch.bincount(segment, minlength=batch * groups * chunks)
+    blocks_of = (counts + BLOCK - 1) // BLOCK
+    moved = (blocks_of.cumsum(0) - blocks_of) * BLOCK - (counts.cumsum(0) - counts)
+    segments = torch.repeat_interleave(blocks_of)
+    places = pair.new_full((len(segments) * BLOCK,), found.numel())
+    places[torch.arange(len(pair), device=pair.device) + moved[segment]] = pair[order]
+    return segments, places.view(-1, BLOCK)

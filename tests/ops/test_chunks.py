@@ -1,0 +1,153 @@
+"""Attention chunk by chunk, and by gathering, against one attention under a dense mask, forward and backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from checks import close
+from mka.memory.longterm import Retrieved, gather_chunks
+from mka.ops import chunks
+from mka.ops.attend import attend_masked
+from mka.ops.chunks import chunk_attention
+
+Way = Callable[[Tensor, Tensor, Tensor, Retrieved, int], Tensor]
+
+# rows, queries, keys, heads, groups, head size, chunk size, top-k
+CASES = [
+    (1, 1, 4, 2, 1, 4, 4, 1),
+    (2, 63, 63, 4, 2, 8, 7, 3),
+    (1, 1000, 1000, 2, 2, 4, 16, 4),
+    (3, 40, 200, 4, 4, 4, 5, 2),
+    (2, 33, 64, 4, 1, 4, 64, 2),
+    (2, 50, 47, 2, 1, 4, 6, 20),
+    (1, 70, 9, 2, 2, 4, 1, 9),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def by_sorting(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int) -> Tensor:
+    return chunk_attention(q, k, v, *retrieved, chunk_size)[0]
+
+
+def under_a_mask(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int) -> Tensor:
+    """The plain form: every query is compared with every key."""
+    reach = k.shape[1] // chunk_size * chunk_size
+    mask = chunk_mask(retrieved, k.shape[1] // chunk_size, chunk_size)
+    return attend_masked(q, k[:, :reach], v[:, :reach], mask)
+
+
+def chunk_mask(retrieved: Retrieved, num_chunks: int, chunk_size: int) -> Tensor:
+    mask = torch.zeros(*retrieved.chunk.shape[:3], num_chunks, dtype=torch.bool)
+    for place in retrieved.found.nonzero().tolist():
+        mask[(*place[:3], int(retrieved.chunk[tuple(place)]))] = True
+    return mask.repeat_interleave(chunk_size, dim=-1)
+
+
+def inputs(case: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Retrieved, int]:
+    """Random choices, some of them missing; the first queries find nothing, the first key/value head little."""
+    rows, queries, keys, heads, groups, width, chunk_size, top_k = case
+    generator = torch.Generator().manual_seed(sum(case))
+    q, k, v = (
+        torch.randn(rows, tokens, n, width, generator=generator, dtype=dtype).requires_grad_()
+        for tokens, n in ((queries, heads), (keys, groups), (keys, groups))
+    )
+    scores = torch.rand(rows, queries, groups, keys // chunk_size, generator=generator)
+    chunk = scores.argsort(-1)[..., :top_k]
+    chunk = torch.nn.functional.pad(chunk, (0, top_k - chunk.shape[-1]))
+    found = torch.rand(chunk.shape, generator=generator) < 0.8
+    found[..., keys // chunk_size :] = False
+    found[:, : queries // 3] = False
+    found[:, :, 0] &= torch.rand(chunk.shape[:2], generator=generator).unsqueeze(-1) < 0.5
+    return q, k, v, Retrieved(chunk.masked_fill(~found, 0), found), chunk_size
+
+
+def gradients(y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    return torch.autograd.grad(y, inputs, direction)
+
+
+@pytest.mark.parametrize("way", [by_sorting, gather_chunks])
+@cases
+def test_equals_attention_under_a_mask(case: tuple[int, ...], way: Way) -> None:
+    q, k, v, retrieved, chunk_size = inputs(case)
+    fast, plain = way(q, k, v, retrieved, chunk_size), under_a_mask(q, k, v, retrieved, chunk_size)
+    close(fast, plain)
+    for ours, theirs in zip(gradients(fast, (q, k, v)), gradients(plain, (q, k, v)), strict=True):
+        close(ours, theirs)
+
+
+@cases
+def test_tiles_and_blocks_change_nothing(case: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, retrieved, chunk_size = inputs(case)
+    whole = by_sorting(q, k, v, retrieved, chunk_size)
+    expected = (whole, *gradients(whole, (q, k, v)))
+    for name, size in (("QUERY_PAIRS", 37), ("BLOCK", 3), ("BLOCKS", 2)):
+        monkeypatch.setattr(chunks, name, size)
+    cut = by_sorting(q, k, v, retrieved, chunk_size)
+    for ours, theirs in zip((cut, *gradients(cut, (q, k, v))), expected, strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("way", [by_sorting, gather_chunks])
+def test_nothing_found_reads_zeros_and_gives_no_gradient(way: Way) -> None:
+    q, k, v, retrieved, chunk_size = inputs(CASES[1])
+    read = way(q, k, v, retrieved, chunk_size)[:, : 63 // 3]
+    assert (read == 0).all()
+    assert all((grad == 0).all() for grad in gradients(read, (q, k, v)))
+
+
+def test_the_log_sum_exp_is_that_of_the_scores() -> None:
+    q, k, v, retrieved, chunk_size = inputs(CASES[3])
+    scores = torch.einsum("btgrd,bsgd->btgrs", q.unflatten(2, (4, 1)), k) / 2
+    mask = chunk_mask(retrieved, 40, chunk_size)
+    expected = scores.masked_fill(~mask.unsqueeze(3), -torch.inf).logsumexp(-1).flatten(2)
+    close(chunk_attention(q, k, v, *retrieved, chunk_size)[1].exp(), expected.exp())
+
+
+def test_gradcheck_and_the_custom_operator() -> None:
+    q, k, v, retrieved, chunk_size = inputs((1, 12, 10, 2, 1, 2, 3, 2))
+    assert torch.autograd.gradcheck(lambda q, k, v: by_sorting(q, k, v, retrieved, chunk_size), (q, k, v))
+    torch.library.opcheck(torch.ops.mka.chunk_attention.default, (q, k, v, *retrieved, chunk_size))
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e-30])
+def test_scores_far_apart(scale: float) -> None:
+    q, k, v, retrieved, chunk_size = inputs(CASES[1])
+    q = (q * scale).detach().requires_grad_()
+    fast, plain = by_sorting(q, k, v, retrieved, chunk_size), under_a_mask(q, k, v, retrieved, chunk_size)
+    close(fast, plain)
+    for ours, theirs in zip(gradients(fast, (q, k, v)), gradients(plain, (q, k, v)), strict=True):
+        close(ours, theirs)
+
+
+def test_bfloat16_is_computed_in_float32() -> None:
+    q, k, v, retrieved, chunk_size = inputs(CASES[1], torch.bfloat16)
+    wide_q, wide_k, wide_v = (x.detach().float() for x in (q, k, v))
+    exact = under_a_mask(wide_q, wide_k, wide_v, retrieved, chunk_size)
+    read = by_sorting(q, k, v, retrieved, chunk_size)
+    assert read.dtype == torch.float32
+    close(read, exact)
+    assert [grad.dtype for grad in gradients(read, (q, k, v))] == [torch.bfloat16] * 3
+
+
+def test_keys_may_lie_as_a_cache_keeps_them() -> None:
+    q, k, v, retrieved, chunk_size = inputs(CASES[1])
+    keys, values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    close(by_sorting(q, keys, values, retrieved, chunk_size), by_sorting(q, k, v, retrieved, chunk_size))
+
+
+def test_what_is_stored_does_not_grow_with_the_square_of_the_row() -> None:
+    """The partial results of a tile of queries are the largest tensor, whatever T is."""
+    from ops.test_linear_memory import LargestOutput
+
+    operator: Any = chunk_attention
+    sizes = []
+    for tokens in (8192, 16384):
+        q, k, v, retrieved, chunk_size = inputs((1, tokens, tokens, 2, 1, 4, 16, 4), torch.float32)
+        with LargestOutput() as outputs:
+            operator._init_fn(q, k, v, *retrieved, chunk_size)  # what it runs
+        sizes.append(outputs.numel)
+    assert sizes[1] <= 2 * sizes[0]
