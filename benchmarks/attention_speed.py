@@ -36,8 +36,6 @@ VARIANTS: dict[str, tuple[str, dict[str, int | None]]] = {
     "fmka, window 256": ("fmka", {"local_window": 256}),
     "mka, window 256": ("mka", {"local_window": 256}),
 }
-LONGEST = {"mka, window 256": 4096}
-"""mka still evaluates its long-term level under a dense T x T mask; beyond this length that alone takes gigabytes."""
 LONGEST_LOOP = 4096
 """A loop over more tokens than this would take longer than everything else."""
 
@@ -83,10 +81,7 @@ def layer_rows(tokens: int, dtype: str, turns: int, device: torch.device) -> lis
     x = torch.randn(1, tokens, HIDDEN_SIZE, device=device, requires_grad=True)
     layers: dict[str, nn.Module] = {"transformers GPT-2, sdpa": transformers_attention()}
     for name, (kind, kind_options) in VARIANTS.items():
-        if tokens <= LONGEST.get(name, tokens):
-            layers[name] = build_attention(
-                kind, hidden_size=HIDDEN_SIZE, num_heads=NUM_HEADS, bias=True, **kind_options
-            )
+        layers[name] = build_attention(kind, hidden_size=HIDDEN_SIZE, num_heads=NUM_HEADS, bias=True, **kind_options)
     steps = {name: step_of(layer.to(device), x, dtype) for name, layer in layers.items()}
     seconds = take_turns(steps, turns)
     peaks = {name: peak_of(step, device) for name, step in steps.items()}

@@ -20,8 +20,8 @@ import torch
 import tyro
 from transformers import DynamicCache, GPT2LMHeadModel
 
+from filled_states import fill
 from mka.config import PRESETS
-from mka.memory.state import store
 from mka.models import StateLayer, build_model, mechanisms, preset_config, states
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -50,14 +50,9 @@ def filled(model: Any, context: int) -> DynamicCache:
     """A cache as after `context` tokens, of random numbers, with room for the next ones."""
     cache = DynamicCache()
     for attention in mechanisms(model):
-        state = attention.initial_state(1)
-        for name, entry in state.entries.items():
-            held, limit = context // entry.every, state.limit(name)
-            room = held + 64 if limit is None else min(held + 64, limit)
-            state.tensors[name] = store(1, room, entry.shape, entry.dtype).normal_()
-        state.past, state.lengths, state.furthest = [context], [context], [context]
         layer: Any = StateLayer()
-        layer.state, layer.calls, layer.is_initialized = state, [(context, None)], True
+        layer.state = fill(attention.initial_state(1), context)
+        layer.calls, layer.is_initialized = [(context, None)], True
         cache.layers.append(layer)
     return cache
 

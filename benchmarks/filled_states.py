@@ -1,0 +1,16 @@
+"""States as they stand after a long context, filled with random numbers."""
+
+from mka.memory.state import State, store
+
+ROOM = 64
+"""Entries that can be added before a store grows."""
+
+
+def fill(state: State, context: int) -> State:
+    for name, entry in state.entries.items():
+        held, limit = context // entry.every, state.limit(name)
+        room = held + ROOM if limit is None else min(held + ROOM, limit)
+        rows = state.batch_size
+        state.tensors[name] = store(rows, room, entry.shape, entry.dtype).normal_()
+    state.past, state.lengths, state.furthest = ([context] * state.batch_size for _ in range(3))
+    return state
