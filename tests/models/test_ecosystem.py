@@ -42,7 +42,7 @@ def test_gradient_checkpointing_changes_nothing(kind: str, backbone: str) -> Non
 @two_backbones
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 def test_the_training_forward_compiles_without_a_graph_break(kind: str, backbone: str) -> None:
-    model, ids = make_model(backbone, kind).train(), tokens(2, 30)
+    model, ids = make_model(backbone, kind).train(), tokens(2, 60)
     loss, grads = loss_and_gradients(model, ids)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

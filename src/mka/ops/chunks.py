@@ -107,7 +107,8 @@ def chunk_attention_backward(
         dq[:, tile] = parts[:-1].view(*chunk[:, tile].shape, -1).sum(3).view(dq[:, tile].shape)
     dk, dv = (x.view(batch, groups, chunks * chunk_size, width).transpose(1, 2) for x in (dk, dv))
     rest = (0, 0, 0, 0, 0, slots - chunks * chunk_size)
-    return dq.div_(math.sqrt(width)).to(q.dtype), pad(dk, rest).to(k.dtype), pad(dv, rest).to(v.dtype)
+    dk, dv = (pad(x, rest).to(k.dtype).contiguous() for x in (dk, dv))
+    return dq.div_(math.sqrt(width)).to(q.dtype), dk, dv
 
 
 def reads_like(q: Tensor) -> tuple[Tensor, Tensor]:
