@@ -66,6 +66,26 @@ def ties_to_the_later_chunk(patch: pytest.MonkeyPatch, later_wins: bool = True) 
         patch.setattr(f"mka.attention.{kind}.retrieve", partial(checks_memory.brute_force, later_wins=later_wins))
 
 
+def every_slot_is_read(patch: pytest.MonkeyPatch) -> None:
+    real = session.attend_slots
+    patch.setattr(
+        "mka.attention.mka.attend_slots", lambda q, k, v, stride, _, *rest: real(q, k, v, stride, None, *rest)
+    )
+
+
+def chunks_merged_without_their_sums(patch: pytest.MonkeyPatch) -> None:
+    """Every retrieved chunk weighs the same, whatever its scores."""
+
+    def mean_of_chunks(q: Tensor, k: Tensor, v: Tensor, retrieved: longterm.Retrieved, chunk_size: int) -> Tensor:
+        parts = [
+            longterm.gather_chunks(q, k, v, longterm.Retrieved(*(x[..., i, None] for x in retrieved)), chunk_size)
+            for i in range(retrieved.chunk.shape[3])
+        ]
+        return torch.stack(parts).mean(0)
+
+    patch.setattr("mka.attention.mka.attend_chunks", mean_of_chunks)
+
+
 def causal_gradient(attn: Any) -> None:
     checks.assert_no_gradient_from_future(attn, checks.rows(2, TOKENS))
 
@@ -93,6 +113,8 @@ DEFECTS: list[tuple[Plant, tuple[str, ...], str, tuple[Callable[[Any], None], ..
     (chunks_inside_the_window, MEMORY, "small", (naive_parity,)),
     (padding_counts, ALL, "small", (padding_ignored,)),
     (no_mask_in_the_router, MEMORY, "small", (naive_parity,)),
+    (every_slot_is_read, ("mka",), "small", (naive_parity,)),
+    (chunks_merged_without_their_sums, ("mka",), "small", (naive_parity,)),
 ]
 EACH = [
     pytest.param(plant, kind, variant, check, id=f"{plant.__name__}-{kind}-{variant}-{check.__name__}")

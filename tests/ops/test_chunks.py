@@ -104,7 +104,9 @@ def test_the_log_sum_exp_is_that_of_the_scores() -> None:
     scores = torch.einsum("btgrd,bsgd->btgrs", q.unflatten(2, (4, 1)), k) / 2
     mask = chunk_mask(retrieved, 40, chunk_size)
     expected = scores.masked_fill(~mask.unsqueeze(3), -torch.inf).logsumexp(-1).flatten(2)
-    close(chunk_attention(q, k, v, *retrieved, chunk_size)[1].exp(), expected.exp())
+    lse = chunk_attention(q, k, v, *retrieved, chunk_size)[1]
+    close(lse.exp(), expected.exp())
+    assert not lse.requires_grad, "its gradient would be left out"
 
 
 @pytest.mark.parametrize("keys", [9, 10])

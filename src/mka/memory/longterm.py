@@ -22,8 +22,7 @@ from mka.ops.precision import no_autocast, upcast, wide
 QUERY_TILE, SUMMARY_TILE = 512, 4096
 """Queries and summaries scored at once: the scores take no more than that of each group, whatever T is."""
 GATHERED_PAIRS, GATHERED_PAIRS_PER_CHUNK = 64, 2
-"""Up to so many (query, chunk) pairs, or for every chunk there is, gathering is faster than sorting
-(benchmarks/long_context.py)."""
+"""Up to so many (query, chunk) pairs of a group, or for each chunk there is, tokens are gathered, not sorted."""
 
 
 class Retrieved(NamedTuple):

@@ -53,7 +53,7 @@ def chunk_attention(
 ) -> tuple[Tensor, Tensor]:
     """Returns o (B, T, H, D) and the log-sum-exp of the scores (B, T, H), both float32 or better.
 
-    A query with nothing found reads zeros, and its log-sum-exp is -inf.
+    A query with nothing found reads zeros, and its log-sum-exp is -inf. The log-sum-exp has no gradient.
     """
     o, lse = reads_like(q)
     groups, width = k.shape[2:]
@@ -130,6 +130,7 @@ def _(
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.chunk_size = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, *tensors)
 
 
