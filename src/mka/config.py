@@ -18,8 +18,12 @@ ATTENTION_TITLES = {
     "mka": "Memorized Key Attention",
     "fmka": "Fast Memorized Key Attention",
 }
+STORES = ("device", "host", "disk")
+SEARCHES = ("exact", "lsh", "faiss")
 DATASETS = ("stdlib", "wikitext2", "wikitext103", "text")
 
+LongTermPositions = Literal["clamped", "none"]
+LONGTERM_POSITIONS: tuple[LongTermPositions, ...] = ("clamped", "none")
 SessionDecay = float | Literal["learned"] | None
 
 
@@ -280,7 +284,32 @@ def attention_options(kind: str, config: BenchmarkConfig) -> dict[str, object]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelChoice:
+class LongTermConfig:
+    """Where the long-term memory of a model is kept while it reads, and how it is searched."""
+
+    longterm_store: Literal["device", "host", "disk"] = "device"
+    """Where mka and fmka keep what they retrieve: on the device, in host memory, or in a memory-mapped file."""
+    longterm_folder: str | None = None
+    """Folder of that file, which has no name there and goes with the process; default: the system's temporary one."""
+    longterm_gib: float | None = None
+    """Limit of host memory or file, in GiB, all blocks together."""
+    longterm_search: Literal["exact", "lsh", "faiss"] = "exact"
+    """How candidates are found: exact, lsh (sign random projections, re-ranked exactly) or faiss (its package)."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("longterm_store", STORES), ("longterm_search", SEARCHES)):
+            if getattr(self, name) not in allowed:
+                raise unknown_name(name, getattr(self, name), allowed)
+        if self.longterm_gib is not None and not 0 < self.longterm_gib < float("inf"):
+            raise InputError(f"longterm_gib is {self.longterm_gib}; it must be above 0")
+        if self.longterm_folder is not None and self.longterm_store != "disk":
+            raise InputError(f"longterm_folder is {self.longterm_folder!r}; it is for longterm_store disk")
+        if self.longterm_gib is not None and self.longterm_store == "device":
+            raise InputError(f"longterm_gib is {self.longterm_gib}; it is for longterm_store host or disk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice(LongTermConfig):
     """A saved model, and how it continues a text."""
 
     model: str
@@ -295,6 +324,7 @@ class ModelChoice:
     """Say what the cache holds, and how the router divided its attention."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature is {self.temperature}; it must be 0 or above")

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mka.config import check_at_least, check_heads
+from mka.config import InputError, check_at_least, check_heads
 from mka.memory.local import token_index
+from mka.memory.places import LongTerm
 from mka.memory.router import Router
 from mka.memory.state import Entry, State
 from mka.ops.packing import packing
@@ -100,14 +101,26 @@ class CausalAttention(nn.Module, ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         reversible: int = 0,
+        longterm: LongTerm | None = None,
     ) -> State:
         """The state of rows that have seen nothing. dtype and device None: the module's own.
 
-        `reversible`: how many of the latest tokens can be taken back, where the state is bounded.
+        `reversible`: how many of the latest tokens can be taken back, where the state is bounded. `longterm`: where
+        what is retrieved is kept and how it is found (None: on the device, exactly).
+        Raises ValueError for a mechanism that retrieves nothing where something else is asked for.
         """
         weight = next(self.parameters())
-        entries = self.state_entries(dtype or weight.dtype)
-        return State(type(self).__name__, entries, batch_size, device or weight.device, reversible)
+        entries = self.state_of(dtype or weight.dtype, longterm)
+        if longterm is not None and longterm.is_special and not any(e.block for e in entries.values()):
+            raise InputError(
+                f"{longterm.asked_for}; {type(self).__name__} as it is here retrieves nothing; allowed: "
+                "longterm_store device, longterm_search exact, no bank"
+            )
+        return State(type(self).__name__, entries, batch_size, device or weight.device, reversible, longterm)
+
+    def state_of(self, dtype: torch.dtype, longterm: LongTerm | None) -> dict[str, Entry]:
+        """The stores of a state whose long-term memory is kept and searched that way."""
+        return self.state_entries(dtype)
 
     @property
     @abstractmethod
@@ -122,10 +135,16 @@ class CausalAttention(nn.Module, ABC):
         """
 
     def state_nbytes(
-        self, batch_size: int, num_tokens: int, dtype: torch.dtype | None = None, reversible: int = 0
+        self,
+        batch_size: int,
+        num_tokens: int,
+        dtype: torch.dtype | None = None,
+        reversible: int = 0,
+        longterm: LongTerm | None = None,
     ) -> int:
-        """Bytes of the state of `batch_size` rows of `num_tokens` tokens in `dtype` (None: the module's own)."""
-        entries = self.state_entries(dtype or next(self.parameters()).dtype).values()
+        """Bytes of the state of `batch_size` rows of `num_tokens` tokens in `dtype` (None: the module's own), wherever
+        they are kept; those of a bank are not counted."""
+        entries = self.state_of(dtype or next(self.parameters()).dtype, longterm).values()
         return batch_size * sum(entry.nbytes(num_tokens, reversible) for entry in entries)
 
     def init_weights(self, std: float, residual_std: float) -> None:

@@ -21,8 +21,9 @@ from mka.attention.base import Bias
 from mka.attention.grouped import MemoryAttention
 from mka.config import SessionDecay, check_at_least
 from mka.memory.local import attend_local, token_index
-from mka.memory.longterm import chunk_entries, chunk_means, read_summaries, retrieve, state_chunk_means
+from mka.memory.longterm import chunk_entries, chunk_means, read_summaries, retrieve, write_chunk_means
 from mka.memory.router import LOCAL, LONG_TERM, SESSION
+from mka.memory.search import search
 from mka.memory.state import Entry, State
 from mka.ops.rotary import RotaryEmbedding
 
@@ -35,6 +36,8 @@ class FastMemoryKeyedAttention(MemoryAttention):
     `session_decay=None` switches the session level off, `top_k=0` the long-term level. `index_size` is the width of
     the index keys. Raises ValueError for heads that do not divide and limits of the memory levels.
     """
+
+    index_store = "index_key"
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class FastMemoryKeyedAttention(MemoryAttention):
     def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         """Query, memories, route, fuse, attend, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
         q, t = self.heads(self.q_proj, x), token_index(x, state)
-        f = self.fuse(x, t, self.router(q, self.levels_at(t, 0)), state)
+        f = self.fuse(x, t, self.router(q, self.levels_at(t, 0, state)), state)
         k, v = self.heads(self.k_proj, f), self.heads(self.v_proj, f)
         o = attend_local(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window, state)
         return self.o_proj(o.flatten(2))
@@ -79,22 +82,26 @@ class FastMemoryKeyedAttention(MemoryAttention):
 
     def read_long_term(self, x: Tensor, t: Tensor, state: State | None) -> Tensor | None:
         """r (B, T, C); None where no token has a candidate."""
-        means, keys = self.summaries(x, state)
-        if not self.num_candidates(x.shape[1] if state is None else max(state.lengths)):
+        if state is not None:
+            return self.read_state(x, t, state)
+        means = chunk_means(x, self.chunk_size)
+        if not self.num_candidates(x.shape[1]):
+            return None
+        keys, u = self.index_k_proj(means.to(x.dtype)), self.index_q_proj(x)
+        retrieved = retrieve(u.unsqueeze(2), keys.unsqueeze(2), **self.limits._asdict())
+        return read_summaries(u, keys, means, retrieved)
+
+    def read_state(self, x: Tensor, t: Tensor, state: State) -> Tensor | None:
+        """The same with the chunks of the state, to which those that x completes are added."""
+        keys = self.index_k_proj(write_chunk_means(x, self.chunk_size, state).to(x.dtype))
+        state.write(self.index_store, keys)
+        self.write_index(keys, state)
+        if not self.can_retrieve(state):
             return None
         u = self.index_q_proj(x)
-        limits = {"chunk_size": self.chunk_size, "window": self.local_window or 0, "top_k": self.top_k}
-        at = None if state is None else t
-        return read_summaries(u, keys, means, retrieve(u.unsqueeze(2), keys.unsqueeze(2), at, **limits))
-
-    def summaries(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor]:
-        """S (B, J, C) and s (B, J, E) of the completed chunks, those of the state included."""
-        if state is None:
-            means = chunk_means(x, self.chunk_size)
-            return means, self.index_k_proj(means.to(x.dtype))
-        means, fresh = state_chunk_means(x, self.chunk_size, state)
-        state.write("index_key", self.index_k_proj(fresh.to(x.dtype)))
-        return means, state.all("index_key")
+        means = state.records("chunk_mean") if state.is_apart("chunk_mean") else state.all("chunk_mean")
+        retrieved = search(u.unsqueeze(2), state, self.index_store, t, self.limits)
+        return read_summaries(u, state.all(self.index_store), means, retrieved)
 
     @property
     def num_parameters(self) -> int:
@@ -106,8 +113,8 @@ class FastMemoryKeyedAttention(MemoryAttention):
         if self.session is not None:
             entries |= self.session.entries(self.hidden_size, dtype)
         if self.top_k:
-            entries |= chunk_entries((self.hidden_size,), dtype, self.chunk_size)
-            entries["index_key"] = Entry((self.index_size,), dtype, every=self.chunk_size)
+            entries |= chunk_entries((self.hidden_size,), dtype, self.chunk_size, block=1)
+            entries[self.index_store] = Entry((self.index_size,), dtype, every=self.chunk_size)
         return entries
 
     def flops_per_token(self, context: int) -> int:

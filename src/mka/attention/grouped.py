@@ -1,5 +1,7 @@
 """What the mechanisms with grouped key/value heads share, and what the two with memories add to it."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -7,9 +9,11 @@ from mka.attention.base import Bias, CausalAttention
 from mka.config import InputError, SessionDecay, check_at_least, check_memory
 from mka.memory.local import local_entries
 from mka.memory.longterm import num_candidates
+from mka.memory.places import LongTerm
 from mka.memory.router import LOCAL, LONG_TERM, NUM_LEVELS, SESSION, Router
+from mka.memory.search import CODE, Limits, code_entry, sign_codes
 from mka.memory.session import SessionAverage
-from mka.memory.state import Entry
+from mka.memory.state import Entry, State
 from mka.ops.rotary import RotaryEmbedding
 
 
@@ -56,8 +60,11 @@ class GroupedAttention(CausalAttention):
 class MemoryAttention(GroupedAttention):
     """Grouped heads with a session average, long-term chunks and a router over the three levels.
 
-    `session_decay=None` switches the session level off, `top_k=0` the long-term level.
+    `session_decay=None` switches the session level off, `top_k=0` the long-term level. `index_store` names the state's
+    store of the keys that chunks are found by.
     """
+
+    index_store: str
 
     def __init__(
         self,
@@ -83,15 +90,54 @@ class MemoryAttention(GroupedAttention):
         self.session = None if session_decay is None else SessionAverage(hidden_size, session_decay)
         self.router = Router(self.inner_size, self.router_size)
 
-    def levels_at(self, t: Tensor, first_session: int) -> Tensor:
+    def levels_at(self, t: Tensor, first_session: int, state: State | None) -> Tensor:
         """(B or 1, T, M) bool: the levels that exist at token indices t; the session has something to offer from
-        `first_session`."""
+        `first_session`, the long-term level with its first candidate, which a bank may hold."""
         exists = torch.zeros(*t.shape, NUM_LEVELS, dtype=torch.bool, device=t.device)
         exists[..., LOCAL] = True
         exists[..., SESSION] = (t >= first_session) & (self.session is not None)
         if self.top_k:
-            exists[..., LONG_TERM] = num_candidates(t, self.chunk_size, self.local_window or 0) > 0
+            banked = 0 if state is None else state.banked
+            exists[..., LONG_TERM] = num_candidates(t, self.chunk_size, self.local_window or 0) + banked > 0
         return exists
+
+    def initial_state(
+        self,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        reversible: int = 0,
+        longterm: LongTerm | None = None,
+    ) -> State:
+        bank = None if longterm is None else longterm.bank
+        if longterm and bank and longterm.config.longterm_search == "lsh":
+            keys = bank.summaries[self.index_store]
+            coded = {CODE: sign_codes(keys if keys.dim() == 3 else keys.unsqueeze(1))}
+            longterm = replace(longterm, bank=replace(bank, summaries={**bank.summaries, **coded}))
+        return super().initial_state(batch_size, dtype, device, reversible, longterm)
+
+    def state_of(self, dtype: torch.dtype, longterm: LongTerm | None) -> dict[str, Entry]:
+        """`state_entries`, with the sign codes of the summaries where they are searched by them."""
+        entries = self.state_entries(dtype)
+        if longterm is None or longterm.config.longterm_search != "lsh" or not self.top_k:
+            return entries
+        shape = entries[self.index_store].shape
+        groups, width = shape if len(shape) == 2 else (1, *shape)
+        return entries | {CODE: code_entry(groups, width, self.chunk_size)}
+
+    def write_index(self, keys: Tensor, state: State) -> None:
+        """Note the keys (B, N, G, E) or (B, N, E) of the chunks that this call completes, as they will be searched."""
+        if CODE in state.entries:
+            state.write(CODE, sign_codes(keys if keys.dim() == 4 else keys.unsqueeze(2)))
+
+    @property
+    def limits(self) -> Limits:
+        """Which chunks are candidates, and how many of them are retrieved."""
+        return Limits(self.chunk_size, self.local_window or 0, self.top_k)
+
+    def can_retrieve(self, state: State) -> bool:
+        """Whether any token has a candidate by now."""
+        return self.num_candidates(max(state.lengths)) + state.banked > 0
 
     def num_candidates(self, context: int) -> int:
         """Chunks that the last of `context` tokens may retrieve."""

@@ -17,17 +17,18 @@ from torch import Tensor
 
 from mka.attention.base import Bias
 from mka.attention.grouped import MemoryAttention
-from mka.config import SessionDecay, check_at_least
+from mka.config import LONGTERM_POSITIONS, LongTermPositions, SessionDecay, check_at_least, unknown_name
 from mka.memory.local import attend_local, local_entries, token_index
 from mka.memory.longterm import (
-    Retrieved,
     attend_chunks,
+    attend_records,
     chunk_entries,
     chunk_means,
     retrieve,
-    state_chunk_means,
+    write_chunk_means,
 )
 from mka.memory.router import LOCAL, LONG_TERM, SESSION
+from mka.memory.search import search
 from mka.memory.session import attend_slots, slot_columns
 from mka.memory.state import Entry, State
 from mka.ops.rotary import RotaryEmbedding
@@ -41,10 +42,13 @@ class MemoryKeyedAttention(MemoryAttention):
 
     A token reads the latest `session_slots` slots (None: all of them). `session_decay=None` switches the session level
     off, `top_k=0` or `local_window=None` the long-term level (with no window nothing lies outside it). Retrieval is per
-    token and key/value head: the group's queries, summed, against the mean key of each chunk. Retrieved keys are placed
-    at the window's edge by rotary embeddings.
+    token and key/value head: the group's queries, summed, against the mean key of each chunk. With rotary embeddings
+    retrieved keys stand at one distance: the window's edge ("clamped"), or 0 ("none": neither they nor the query are
+    rotated).
     Raises ValueError for heads that do not divide and limits of the memory levels.
     """
+
+    index_store = "chunk_mean"
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class MemoryKeyedAttention(MemoryAttention):
         session_decay: SessionDecay = "learned",
         session_stride: int = 16,
         session_slots: int | None = 256,
+        longterm_positions: LongTermPositions = "clamped",
         router_size: int | None = None,
         head_dim: int | None = None,
         bias: Bias = False,
@@ -71,11 +76,14 @@ class MemoryKeyedAttention(MemoryAttention):
         check_at_least("session_slots", session_slots, 1)
         self.session_stride = session_stride
         self.session_slots = session_slots
+        if longterm_positions not in LONGTERM_POSITIONS:
+            raise unknown_name("longterm_positions", longterm_positions, LONGTERM_POSITIONS)
+        self.longterm_positions = longterm_positions
 
     def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         """Query, route, three reads, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
         q, k, v = self.heads(self.q_proj, x), self.heads(self.k_proj, x), self.heads(self.v_proj, x)
-        levels = self.levels_at(token_index(x, state), self.session_stride - 1)
+        levels = self.levels_at(token_index(x, state), self.session_stride - 1, state)
         weights = self.router(q, levels).to(q.dtype)
         o = weights[..., LOCAL, None, None] * self.read_local(q, k, v, positions, state)
         if self.session is not None:
@@ -111,11 +119,11 @@ class MemoryKeyedAttention(MemoryAttention):
     def read_long_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """a_3 (B, T, H, D); zeros before the first token that has a candidate.
 
-        Every retrieved key stands at the same distance, the window's edge.
+        Every retrieved key stands at the same distance.
         """
         if not self.num_candidates(q.shape[1]):
             return torch.zeros_like(q)
-        retrieved = self.retrieve(q, chunk_means(k, self.chunk_size))
+        retrieved = retrieve(self.index_queries(q), chunk_means(k, self.chunk_size), **self.limits._asdict())
         return attend_chunks(self.at_edge(q), k, v, retrieved, self.chunk_size)
 
     def read_chunks(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
@@ -123,21 +131,24 @@ class MemoryKeyedAttention(MemoryAttention):
         if self.local_stores != TOKENS:
             for name, x in zip(TOKENS, (k, v), strict=True):
                 state.write(name, x)
-        means, _fresh = state_chunk_means(k, self.chunk_size, state)
-        if not self.num_candidates(max(state.lengths)):
+        self.write_index(write_chunk_means(k, self.chunk_size, state), state)
+        if not self.can_retrieve(state):
             return torch.zeros_like(q)
-        retrieved = self.retrieve(q, means, token_index(q, state))
+        retrieved = search(self.index_queries(q), state, self.index_store, token_index(q, state), self.limits)
+        if state.is_apart(TOKENS[0]):
+            keys, values = (state.records(name) for name in TOKENS)
+            return attend_records(self.at_edge(q), keys, values, retrieved, self.chunk_size)
         k, v = (state.all(name) for name in TOKENS)
         return attend_chunks(self.at_edge(q), k, v, retrieved, self.chunk_size)
 
-    def retrieve(self, q: Tensor, summaries: Tensor, t: Tensor | None = None) -> Retrieved:
-        """The chunks each query retrieves; q (B, T, H, D) before any rotary embedding, summaries (B, J, G, D)."""
-        queries = q.unflatten(2, (self.num_kv_heads, -1)).sum(3)
-        limits = {"chunk_size": self.chunk_size, "window": self.local_window or 0, "top_k": self.top_k}
-        return retrieve(queries, summaries, t, **limits)
+    def index_queries(self, q: Tensor) -> Tensor:
+        """(B, T, G, D): the queries of each group, summed, before any rotary embedding."""
+        return q.unflatten(2, (self.num_kv_heads, -1)).sum(3)
 
     def at_edge(self, q: Tensor) -> Tensor:
-        """Queries rotated so that unrotated keys stand at the distance of the window's edge."""
+        """Queries as they meet unrotated keys: rotated to the window's edge, or not at all."""
+        if self.longterm_positions == "none":
+            return q
         return self.rotate(q, torch.tensor([self.local_window or 0], device=q.device))
 
     @property
@@ -154,7 +165,8 @@ class MemoryKeyedAttention(MemoryAttention):
             slot = Entry(heads, dtype, every=self.session_stride, latest=self.session_slots)
             entries |= dict.fromkeys(SLOTS, slot)
         if self.top_k:
-            entries |= local_entries(TOKENS, heads, dtype, None) | chunk_entries(heads, dtype, self.chunk_size)
+            entries |= dict.fromkeys(TOKENS, Entry(heads, dtype, block=self.chunk_size))
+            entries |= chunk_entries(heads, dtype, self.chunk_size)
         return entries
 
     def flops_per_token(self, context: int) -> int:

@@ -116,11 +116,12 @@ def naive_mka(attn: MemoryKeyedAttention, x: Tensor, positions: Tensor) -> Itera
 def read_chunks(
     attn: MemoryKeyedAttention, q: Tensor, keys: list[Tensor], values: list[Tensor], summaries: list[Tensor]
 ) -> Tensor:
-    """One query over the tokens of the chunks its groups choose, all at the distance of the window's edge."""
+    """One query over the tokens of the chunks its groups choose, all at one distance."""
     if not summaries:
         return torch.zeros_like(q)
     queries = q.unflatten(0, (attn.num_kv_heads, -1))
-    at_edge = place(attn.rotary, q, attn.local_window or 0).unflatten(0, (attn.num_kv_heads, -1))
+    distance = 0 if attn.longterm_positions == "none" else attn.local_window or 0
+    at_edge = place(attn.rotary, q, distance).unflatten(0, (attn.num_kv_heads, -1))
     reads = []
     for group in range(attn.num_kv_heads):
         scores = (torch.stack([s[group] for s in summaries]) @ queries[group].sum(0)[:, None]).squeeze(1)

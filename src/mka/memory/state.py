@@ -13,11 +13,14 @@ they wrote is written over. Of a ring the entries before the newest `limit` are 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mka.config import InputError, check_at_least
+from mka.memory.places import Joined, LongTerm
+from mka.memory.store import RecordForm, Records, Store
 
 STEP = 64
 """Stores grow by an eighth, to a multiple of this many entries: a token does not copy what is there."""
@@ -25,12 +28,16 @@ STEP = 64
 
 @dataclass(frozen=True)
 class Entry:
-    """The form of one store: an entry of `shape` for every `every` tokens, the `latest` of which are read."""
+    """The form of one store: an entry of `shape` for every `every` tokens, the `latest` of which are read.
+
+    `block`: entries that are read together, by number; such a store may lie elsewhere (mka.memory.store).
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     every: int = 1
     latest: int | None = None
+    block: int | None = None
 
     def limit(self, reversible: int) -> int | None:
         """Entries that are kept, those that taking back `reversible` tokens needs included."""
@@ -45,6 +52,9 @@ class Entry:
 class State:
     """The stores of `batch_size` rows, and how many tokens each row has seen.
 
+    `longterm` says where chunks are kept and what was remembered before: the summaries of a bank's chunks stand before
+    the row's own, at every row.
+
     Operations return the state to go on with; the one before is spent. A call of the mechanism first says how many
     tokens it brings, `begin`, then writes and reads. `past` (B,) counts the tokens before the call, `lengths` (B,)
     those after it; both are lists of int, so that a step does not wait for the device.
@@ -57,15 +67,27 @@ class State:
         batch_size: int,
         device: torch.device | str | None = None,
         reversible: int = 0,
+        longterm: LongTerm | None = None,
     ) -> None:
         check_at_least("batch_size", batch_size, 1)
         check_at_least("reversible", reversible, 0)
         self.owner, self.entries, self.reversible = owner, dict(entries), reversible
         self.past, self.lengths, self.furthest = ([0] * batch_size for _ in range(3))
         self.checked: Mapping[str, Entry] | None = None
-        self.tensors = {
-            name: store(batch_size, 0, entry.shape, dtype=entry.dtype, device=device) for name, entry in entries.items()
-        }
+        self.longterm = longterm or LongTerm()
+        self.index: Any = None
+        bank = self.longterm.bank
+        self.banked = bank.chunks if bank else 0
+        self.stores: dict[str, Store] = {}
+        self.tensors: dict[str, Tensor] = {}
+        for name, entry in entries.items():
+            if self.longterm.is_apart and entry.block is not None:
+                form = RecordForm.of(entry.shape, entry.block, entry.dtype)
+                self.stores[name] = self.longterm.make_store(form, batch_size, device)
+                continue
+            self.tensors[name] = store(batch_size, self.before(name), entry.shape, dtype=entry.dtype, device=device)
+            if bank and name in bank.summaries:
+                self.tensors[name][:] = bank.summaries[name].to(self.tensors[name])
 
     @property
     def num_tokens(self) -> Tensor:
@@ -78,6 +100,7 @@ class State:
 
     @property
     def device(self) -> torch.device:
+        """Where the summaries are, whatever is kept elsewhere."""
         return next(iter(self.tensors.values())).device
 
     @property
@@ -87,8 +110,9 @@ class State:
 
     @property
     def allocated_nbytes(self) -> int:
-        """The same with spare capacity."""
-        return sum(x.numel() * x.element_size() for x in self.tensors.values())
+        """The same with spare capacity, and the summaries of a bank."""
+        here = sum(x.numel() * x.element_size() for x in self.tensors.values())
+        return here + sum(records.allocated_nbytes for records in self.stores.values())
 
     # What users do with a state.
 
@@ -99,6 +123,9 @@ class State:
         self.past, self.lengths, self.furthest = (
             [counts[row] for row in chosen] for counts in (self.past, self.lengths, self.furthest)
         )
+        for records in self.stores.values():
+            records.select(chosen)
+        self.index = None
         return self._map(lambda x: x.transpose(1, -2).index_select(0, index).transpose(1, -2))
 
     def reorder(self, beams: Tensor) -> "State":
@@ -124,7 +151,7 @@ class State:
                     f"num_tokens is {new}; this state of {self.owner} can be cropped to {least} tokens or more: it was "
                     f"made with reversible={self.reversible} and its row has seen {furthest}"
                 )
-        self.past, self.lengths = list(wanted), wanted
+        self.past, self.lengths, self.index = list(wanted), wanted, None
         return self
 
     def to(self, device: torch.device | str) -> "State":
@@ -155,9 +182,11 @@ class State:
         self.checked = entries
 
     def begin(self, counts: Sequence[int]) -> None:
-        """A call brings `counts` (B,) valid tokens."""
-        self.past = self.lengths
-        self.lengths = [past + count for past, count in zip(self.past, counts, strict=True)]
+        """A call brings `counts` (B,) valid tokens. Raises ValueError, with nothing changed, if a store has no room."""
+        lengths = [past + count for past, count in zip(self.lengths, counts, strict=True)]
+        for name, records in self.stores.items():
+            records.reserve(max(lengths) // self.entries[name].every)
+        self.past, self.lengths = self.lengths, lengths
         self.furthest = [max(pair) for pair in zip(self.furthest, self.lengths, strict=True)]
 
     @property
@@ -181,6 +210,9 @@ class State:
         """Add this call's entries: values (B, N, ...), those of each row first; what is beyond its count is ignored."""
         every, limit = self.entries[name].every, self.limit(name)
         first, last = ([n // every for n in counts] for counts in (self.past, self.lengths))
+        if name in self.stores:
+            return self._write_apart(name, values, first, last)
+        first, last = ([n + self.before(name) for n in counts] for counts in (first, last))
         self._grow(name, max(last))
         data = self.tensors[name]
         if data.requires_grad or (values.requires_grad and torch.is_grad_enabled()):
@@ -201,9 +233,36 @@ class State:
             data[row, entry if limit is None else entry % limit] = values[row, column].to(data.dtype)
         self.tensors[name] = data
 
+    def _write_apart(self, name: str, values: Tensor, first: list[int], last: list[int]) -> None:
+        if values.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"longterm_store is {self.longterm.config.longterm_store!r}"
+                f"{' and there is a bank' if self.banked else ''}; what is kept there has no gradient: use "
+                "torch.no_grad(), or the device without a bank"
+            )
+        form = self.stores[name].form
+        for row, (begin, end) in enumerate(zip(first, last, strict=True)):
+            if end > begin:
+                entries = values[row, : end - begin].reshape(end - begin, form.groups, form.width)
+                self.stores[name].write(row, begin, entries)
+
+    def before(self, name: str) -> int:
+        """Entries of a bank that stand before the row's own."""
+        bank = self.longterm.bank
+        return bank.chunks if bank and name in bank.summaries else 0
+
+    def is_apart(self, name: str) -> bool:
+        """Whether the entries are read as records rather than with `all`."""
+        return name in self.stores
+
+    def records(self, name: str) -> Records:
+        """Those of a store that lies apart; chunks of a bank come first."""
+        own, bank = self.stores[name], self.longterm.bank
+        return Joined(bank.records[name], own, bank.chunks) if bank else own
+
     def all(self, name: str) -> Tensor:
-        """(B, N, ...): every entry of a growing store; N is that of the longest row."""
-        return self.tensors[name][:, : max(self.lengths) // self.entries[name].every]
+        """(B, N, ...): every entry of a growing store, a bank's first; N is that of the longest row."""
+        return self.tensors[name][:, : self.before(name) + max(self.lengths) // self.entries[name].every]
 
     def held(self, name: str) -> Tensor:
         """The store as it lies, (B, S, ...)."""
@@ -225,14 +284,25 @@ class State:
 
         Where a row has fewer, the first ones are something finite.
         """
-        limit, data = self.limit(name), self.tensors[name]
         ends = [n // self.entries[name].every for n in (self.lengths if after else self.past)]
+        if name in self.stores:
+            return self._latest_apart(name, ends, count)
+        limit, data = self.limit(name), self.tensors[name]
         if self.is_even and limit is None and ends[0] >= count:
             return data[:, ends[0] - count : ends[0]]
         entry = torch.tensor(ends, device=data.device)[:, None] - count + torch.arange(count, device=data.device)
         entry = entry.clamp(min=0)
         rows = torch.arange(self.batch_size, device=data.device)[:, None]
         return data[rows, entry if limit is None else entry % limit]
+
+    def _latest_apart(self, name: str, ends: list[int], count: int) -> Tensor:
+        shape, device = self.entries[name].shape, self.device
+        found = torch.zeros(len(ends), count, *shape, dtype=self.entries[name].dtype, device=device)
+        for row, end in enumerate(ends):
+            if held := min(count, end):
+                entries = self.stores[name].entries(row, end - held, held)
+                found[row, count - held :] = entries.reshape(held, *shape).to(device)
+        return found
 
     def _grow(self, name: str, needed: int) -> None:
         data, limit = self.tensors[name], self.limit(name)
