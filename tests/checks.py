@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biased": SMALL | {"bias": True, "q_lora_rank": 6, "kv_lora_rank": 3},
     "wide": SMALL | {"head_dim": 6, "bias": "qkv"},
     "rotary": SMALL | {"rotary": ROTARY, "qk_rope_head_dim": ROTARY.head_dim},
+    "unplaced": SMALL | {"rotary": ROTARY, "longterm_positions": "none"},
 }
 CASES = [(kind, variant) for kind in ATTENTION_TYPES for variant in VARIANTS]
 

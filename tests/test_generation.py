@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from checks_models import LLAMA, shake
 from mka import cli, generation
-from mka.config import ChatConfig, GenerateConfig
+from mka.commands import ChatConfig, GenerateConfig
 from mka.data import load_tokenizer
 from mka.models import build_model, states
 

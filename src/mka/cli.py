@@ -4,6 +4,8 @@
     mka report DIR     redraw table and figures from a folder of results
     mka generate ...   continue a text with a saved model
     mka chat ...       talk with one; it reads each turn once
+    mka memory ...     banks of documents that a model has read: add, list, verify, remove
+    mka eval ...       what a saved model can recall: needle, recall
 
 Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged or lost a rank; 130 after Ctrl-C, 143
 after SIGTERM. Of several ranks the first one prints; each machine's first says what was wrong with its command.
@@ -18,7 +20,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,30 +28,46 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from mka.config import BenchmarkConfig, ChatConfig, GenerateConfig, InputError
+from mka.commands import (
+    ChatConfig,
+    EvalConfig,
+    GenerateConfig,
+    MemoryAddConfig,
+    MemoryConfig,
+    MemoryListConfig,
+    MemoryRemoveConfig,
+    MemoryVerifyConfig,
+    NeedleConfig,
+    RecallConfig,
+    ReportConfig,
+)
+from mka.config import BenchmarkConfig, InputError
 from mka.report import console_table, result_lines, summarise, write_report
 from mka.results import Result, read_results, results_path
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Redraw the table and the figures of a finished or unfinished run."""
-
-    folder: tyro.conf.Positional[str]
-    """Folder of a `mka bench` run."""
-
 
 TABLE_WIDTH = 110
 """Columns of the table where the output is not a terminal."""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 GO_ON = "run the same command again to go on, finished results are kept"
 
-OTHER_COMMANDS = {"report": ReportConfig, "generate": GenerateConfig, "chat": ChatConfig}
+OTHER_COMMANDS: dict[str, Any] = {
+    "report": ReportConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "memory add": MemoryAddConfig,
+    "memory list": MemoryListConfig,
+    "memory verify": MemoryVerifyConfig,
+    "memory remove": MemoryRemoveConfig,
+    "eval needle": NeedleConfig,
+    "eval recall": RecallConfig,
+}
 Command = (
     Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
     | Annotated[ChatConfig, tyro.conf.subcommand("chat")]
+    | Annotated[MemoryConfig, tyro.conf.subcommand("memory")]
+    | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
 )
 
 
@@ -83,6 +101,7 @@ def dispatch(form: Any, program: str, arguments: Sequence[str] | None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for a flag, not a traceback
     try:
         command = parse(form, program, arguments)
+        command = getattr(command, "action", None) or getattr(command, "task", None) or command
         return RUN[type(command)](command)
     except InputError as error:
         return complain(program, error, 2)
@@ -103,14 +122,15 @@ def parse(form: Any, program: str, arguments: Sequence[str] | None) -> Any:
     # The deepspeed launcher gives each process this flag; the same number is in its environment.
     arguments = [argument for argument in given if not argument.startswith("--local_rank=")]
     complaint = io.StringIO()
-    options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(form, prog=program, args=arguments, use_underscores=True, config=options)
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        command = OTHER_COMMANDS.get(next(iter(arguments), ""), BenchmarkConfig)
+        words = (" ".join(arguments[:count]) for count in (2, 1))
+        command = next((OTHER_COMMANDS[word] for word in words if word in OTHER_COMMANDS), BenchmarkConfig)
         raise InputError(one_line(complaint.getvalue(), command)) from None
 
 
@@ -123,7 +143,7 @@ def one_line(box: str, command: Any = BenchmarkConfig) -> str:
     message = " ".join(paragraph)
     flags = [word.strip(",") for word in message.split() if word.startswith("--")]
     if message.startswith("Unrecognized or misplaced"):
-        message += "; a command comes first: bench, report, generate or chat"
+        message += "; a command comes first: bench, report, generate, chat, memory or eval"
     elif message.startswith("Unrecognized") and flags:
         known = [f"--{field.name}" for field in fields(command)]
         alike = [flag for flag in known if flag.startswith(flags[0][:4])] or known
@@ -167,6 +187,40 @@ def run_chat(config: ChatConfig) -> int:
     return 0
 
 
+def run_memory_add(config: MemoryAddConfig) -> int:
+    from mka.remembering import add
+
+    add(config, say=print)
+    return 0
+
+
+def run_memory_list(config: MemoryListConfig) -> int:
+    from mka.remembering import show
+
+    show(config, say=print)
+    return 0
+
+
+def run_memory_verify(config: MemoryVerifyConfig) -> int:
+    from mka.remembering import verify
+
+    return 0 if verify(config, say=print) else 1
+
+
+def run_memory_remove(config: MemoryRemoveConfig) -> int:
+    from mka.remembering import remove
+
+    remove(config, say=print)
+    return 0
+
+
+def run_eval(config: NeedleConfig | RecallConfig) -> int:
+    from mka.evaluation import score
+
+    score(config, say=print)
+    return 0
+
+
 def next_turn() -> str | None:
     """A line of the input, None at its end."""
     try:
@@ -204,6 +258,12 @@ RUN: dict[type, Callable[[Any], int]] = {
     ReportConfig: run_report,
     GenerateConfig: run_generate,
     ChatConfig: run_chat,
+    MemoryAddConfig: run_memory_add,
+    MemoryListConfig: run_memory_list,
+    MemoryVerifyConfig: run_memory_verify,
+    MemoryRemoveConfig: run_memory_remove,
+    NeedleConfig: run_eval,
+    RecallConfig: run_eval,
 }
 
 

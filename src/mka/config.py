@@ -307,47 +307,7 @@ class LongTermConfig:
         if self.longterm_gib is not None and self.longterm_store == "device":
             raise InputError(f"longterm_gib is {self.longterm_gib}; it is for longterm_store host or disk")
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelChoice(LongTermConfig):
-    """A saved model, and how it continues a text."""
-
-    model: str
-    """Folder of a saved model, or a name on the hub; any causal model of transformers."""
-    max_new_tokens: int = 128
-    """Tokens written at most, in one answer."""
-    temperature: float = 0.0
-    """0: the likeliest token each time. Above: tokens are drawn, with more surprise the higher it is."""
-    seed: int = 0
-    """Of the draws."""
-    show_memory: bool = False
-    """Say what the cache holds, and how the router divided its attention."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}; it must be 0 or above")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ModelChoice):
-    """Continue a text with a saved model."""
-
-    prompt: str | None = None
-    """The text to go on from."""
-    prompt_file: str | None = None
-    """A file that holds it (UTF-8)."""
-    prefill_chunk_size: int | None = None
-    """Read the prompt in pieces of this many tokens, so that memory is that of a piece; None: at once."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("prefill_chunk_size", self.prefill_chunk_size, 1)
-        if (self.prompt is None) == (self.prompt_file is None):
-            raise InputError("give one of --prompt and --prompt_file")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatConfig(ModelChoice):
-    """Talk with a saved model, which reads each turn once: a line in, an answer out, until the input ends."""
+    @property
+    def is_special(self) -> bool:
+        """Whether anything is not as usual."""
+        return self.longterm_store != "device" or self.longterm_search != "exact"

@@ -11,37 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
-from transformers.utils import logging
+from transformers import GenerationConfig, TextStreamer
 
-from mka.config import GenerateConfig, InputError, ModelChoice
-from mka.data.hub import NOT_REACHED, first_line, hub_is_reachable
+from mka.commands import GenerateConfig, ModelChoice
+from mka.config import InputError
+from mka.loading import load
+from mka.memory.bank import Bank
 from mka.memory.router import Router
-from mka.models import states
+from mka.models import fingerprint, memory_cache, states
 
 LEVELS = ("local", "session", "long-term")
-
-
-def load(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer. Raises InputError for what is no saved model and for a name that cannot be reached."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"model is {name!r}; a folder without config.json is no saved model")
-    here = folder.is_dir()
-    if not here and not hub_is_reachable():
-        raise InputError(f"model is {name!r}; {NOT_REACHED}; give the folder of a saved model")
-    loaded = []
-    for source in (AutoModelForCausalLM, AutoTokenizer):
-        try:
-            loaded.append(source.from_pretrained(name, local_files_only=here, trust_remote_code=False))
-        except InputError:
-            raise
-        except Exception as error:  # a download or a foreign file can fail in every way that its libraries know
-            raise InputError(f"model is {name!r}; it cannot be loaded: {first_line(error)}") from error
-    model, tokenizer = loaded
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 @dataclass
@@ -87,7 +66,8 @@ class Conversation:
         self.model, self.tokenizer, self.choice, self.streamer = model, tokenizer, choice, streamer
         self.messages: list[dict[str, str]] = []
         self.row = torch.zeros(1, 0, dtype=torch.long)
-        self.cache: Any = None
+        self.bank = Bank(choice.bank, fingerprint(model)) if choice.bank is not None else None
+        self.cache: Any = memory_cache(model, choice, self.bank) if choice.is_special or self.bank else None
         torch.manual_seed(choice.seed)
 
     def tell(self, text: str) -> str:
@@ -141,7 +121,10 @@ class Conversation:
         if not held:
             return "the cache is transformers' own"
         tokens, size = int(held[0].num_tokens[0]), sum(state.nbytes for state in held)
-        return f"{tokens:,} tokens seen, {size / 2**20:.2f} MiB in {len(held)} layers ({size / tokens:,.0f} B/token)"
+        line = f"{tokens:,} tokens seen, {size / 2**20:.2f} MiB in {len(held)} layers ({size / tokens:,.0f} B/token)"
+        if self.choice.longterm_store != "device":
+            line += f", the long-term memory of it on {self.choice.longterm_store}"
+        return f"{line}; bank: {held[0].banked:,} chunks" if self.bank else line
 
 
 def generate(config: GenerateConfig, say: Callable[[str], None]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 import checks
 from mka.attention import CausalAttention, FastMemoryKeyedAttention, MemoryKeyedAttention
-from mka.memory.longterm import chunk_means
+from mka.memory.longterm import chunk_means, retrieve
 
 WINDOW, CHUNK, TOKENS, PLANTED = 8, 4, 40, 1
 every_memory_kind = pytest.mark.parametrize("kind", ["mka", "fmka"])
@@ -51,7 +51,8 @@ def test_one_retrieved_chunk_is_the_one_whose_key_answers_the_query() -> None:
     q[0, -1] = 1.0
     k[0, 2 * CHUNK : 3 * CHUNK, 0] = 1.0
     k[0, 5 * CHUNK : 6 * CHUNK, 1] = 1.0
-    assert attn.retrieve(q, chunk_means(k, CHUNK)).chunk[0, -1].flatten().tolist() == [2, 5]
+    found = retrieve(attn.index_queries(q), chunk_means(k, CHUNK), **attn.limits._asdict())
+    assert found.chunk[0, -1].flatten().tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("kind", ["mka", "fmka"])

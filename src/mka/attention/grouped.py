@@ -90,7 +90,7 @@ class MemoryAttention(GroupedAttention):
         self.session = None if session_decay is None else SessionAverage(hidden_size, session_decay)
         self.router = Router(self.inner_size, self.router_size)
 
-    def levels_at(self, t: Tensor, first_session: int, state: State | None) -> Tensor:
+    def levels_at(self, t: Tensor, first_session: int, state: State | None = None) -> Tensor:
         """(B or 1, T, M) bool: the levels that exist at token indices t; the session has something to offer from
         `first_session`, the long-term level with its first candidate, which a bank may hold."""
         exists = torch.zeros(*t.shape, NUM_LEVELS, dtype=torch.bool, device=t.device)

@@ -7,7 +7,7 @@ from pathlib import Path
 from mka.config import InputError
 
 
-def read_named_file(path: Path) -> str:
+def read_named_file(path: Path, option: str = "text_path") -> str:
     """The text of a file that the user named. Raises InputError if it is not a file of UTF-8 text."""
     try:
         if not path.exists():
@@ -16,9 +16,10 @@ def read_named_file(path: Path) -> str:
             raise ValueError("is neither a file nor a folder")
         return decode_text(path.read_bytes())
     except OSError as error:
-        raise InputError(f"text_path {str(path)!r} cannot be read: {error.strerror}; give UTF-8 text") from error
+        raise InputError(f"{option} {str(path)!r} cannot be read: {error.strerror}; give UTF-8 text") from error
     except ValueError as error:
-        raise InputError(f"text_path {str(path)!r} {error}; give files or folders of UTF-8 text") from error
+        allowed = "files or folders" if option == "text_path" else "a file"
+        raise InputError(f"{option} {str(path)!r} {error}; give {allowed} of UTF-8 text") from error
 
 
 def read_folder(folder: Path, pattern: str, wanted: Callable[[Path], bool]) -> tuple[dict[Path, tuple[str, str]], int]:

@@ -1,5 +1,6 @@
-"""Perplexity and bits per byte on held-out text."""
+"""Perplexity and bits per byte on held-out text; what a model finds again in a long one."""
 
 from mka.evaluation.perplexity import HeldOutLoss, held_out_loss
+from mka.evaluation.recall import Score, score
 
-__all__ = ["HeldOutLoss", "held_out_loss"]
+__all__ = ["HeldOutLoss", "Score", "held_out_loss", "score"]

@@ -22,6 +22,8 @@ from mka.ops.attend import attend_masked
 from mka.ops.chunks import chunk_attention
 from mka.ops.precision import no_autocast, upcast, wide
 
+INDEX_STORES = ("chunk_mean", "index_key")
+"""Stores of a state that hold an entry for each chunk: what chunks are found by, and of fmka what is read."""
 QUERY_TILE, SUMMARY_TILE = 512, 4096
 """Queries and summaries scored at once: the scores take no more than that of each group, whatever T is."""
 TILE_BYTES = 2**27

@@ -60,7 +60,7 @@ class LongTerm:
 
     @property
     def is_special(self) -> bool:
-        return self.is_apart or self.config.longterm_search != "exact"
+        return self.bank is not None or self.config.is_special
 
     @property
     def is_apart(self) -> bool:

@@ -104,6 +104,11 @@ class State:
         return next(iter(self.tensors.values())).device
 
     @property
+    def tokens_a_chunk(self) -> int:
+        """c; 1 where nothing is kept by the chunk."""
+        return max(entry.every * (entry.block or 1) for entry in self.entries.values() if entry.block)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of what the tokens held occupy."""
         return sum(entry.nbytes(length, self.reversible) for entry in self.entries.values() for length in self.lengths)

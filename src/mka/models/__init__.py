@@ -9,7 +9,7 @@ from mka.models.build import (
     mechanisms,
     preset_config,
 )
-from mka.models.cache import REVERSIBLE, StateLayer, states
+from mka.models.cache import REVERSIBLE, StateLayer, memory_cache, states
 from mka.models.convert import convert
 from mka.models.loss import next_token_loss
 from mka.models.modeling import (
@@ -25,6 +25,7 @@ from mka.models.modeling import (
     MkaQwen3Config,
     MkaQwen3ForCausalLM,
 )
+from mka.models.reading import fingerprint, read_in_pieces
 
 __all__ = [
     "MODELS",
@@ -44,10 +45,13 @@ __all__ = [
     "build_model",
     "checkpoint_blocks",
     "convert",
+    "fingerprint",
     "gpt2_config",
     "matched_intermediate_size",
     "mechanisms",
+    "memory_cache",
     "next_token_loss",
     "preset_config",
+    "read_in_pieces",
     "states",
 ]

@@ -4,14 +4,18 @@ transformers counts columns, padding included; a state counts each row's tokens.
 can tell how many tokens of a row the last columns held.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from mka.attention import CausalAttention
+from mka.config import InputError, LongTermConfig
+from mka.memory.bank import Bank
+from mka.memory.places import LongTerm
 from mka.memory.state import State
 
 REVERSIBLE = 64
@@ -25,9 +29,9 @@ class StateLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, reversible: int = REVERSIBLE) -> None:
+    def __init__(self, reversible: int = REVERSIBLE, longterm: LongTerm | None = None) -> None:
         super().__init__()
-        self.reversible = reversible
+        self.reversible, self.longterm = reversible, longterm
         self.state: State | None = None
         self.calls: list[tuple[int, Tensor | None]] = []
         self.device = torch.device("cpu")
@@ -35,7 +39,9 @@ class StateLayer(CacheLayerMixin):
     def attend(self, attention: CausalAttention, x: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
         """y (B, T, C) of the next columns x (B, T, C), of which `valid` (B, T) are tokens."""
         if self.state is None:
-            self.state = attention.initial_state(x.shape[0], device=x.device, reversible=self.reversible)
+            self.state = attention.initial_state(
+                x.shape[0], device=x.device, reversible=self.reversible, longterm=self.longterm
+            )
             self.device, self.is_initialized = x.device, True
         y, self.state = attention(x, positions=positions, valid=valid, state=self.state)
         if valid is None and self.calls and self.calls[-1][1] is None:
@@ -142,6 +148,24 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
             )
         layer = cache.layers[index] = StateLayer()
     return layer
+
+
+def memory_cache(model: nn.Module, config: LongTermConfig | None = None, bank: Bank | None = None) -> Cache:
+    """An empty cache for `past_key_values`, whose long-term memory is kept and searched as `config` says.
+
+    With a bank, its documents are the far past of every row. Raises ValueError for a model that retrieves nothing and
+    for a bank of another model.
+    """
+    everywhere = LongTerm.of(config or LongTermConfig())
+    attentions = [module for module in model.modules() if isinstance(module, CausalAttention)]
+    if not attentions and (everywhere.is_special or bank):
+        raise InputError(f"{type(model).__name__} is no model of mka; it has no long-term memory to keep elsewhere")
+    empty = [attention.initial_state(1, longterm=everywhere) for attention in attentions]
+    layers = bank.layers(empty) if bank else [None] * len(attentions)
+    places = [replace(everywhere, bank=layer) for layer in layers]
+    for attention, place in zip(attentions, places, strict=True):
+        attention.initial_state(1, longterm=place)  # whether it can: said before anything is read
+    return Cache(layers=[StateLayer(longterm=place) for place in places])
 
 
 def states(cache: Cache) -> list[State]:

@@ -1,5 +1,6 @@
 """One training loop on any number of ranks, its precision, its checkpoints and its memory meter."""
 
+from mka.training.answers import answers_right, train_on_answers
 from mka.training.checkpoint import Checkpoint, Checkpoints
 from mka.training.costs import OutOfMemory, StepMemory, activation_bytes, advice, is_out_of_memory
 from mka.training.deepspeed_config import deepspeed_settings
@@ -23,10 +24,12 @@ __all__ = [
     "TrainingRun",
     "activation_bytes",
     "advice",
+    "answers_right",
     "choose_precision",
     "deepspeed_settings",
     "has_bfloat16",
     "is_out_of_memory",
     "keep_freed_memory",
     "train",
+    "train_on_answers",
 ]

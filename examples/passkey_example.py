@@ -1,0 +1,95 @@
+"""Train a small model to find a passkey in 1,024 tokens at most, and save it for `mka eval needle` at any length.
+
+python examples/passkey_example.py --attention_type mka
+python examples/passkey_example.py --attention_type mha --local_window None
+
+The text around the key is Python's standard library (train split), in a BPE of 1,024; `mka eval needle` takes its
+test split.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tyro
+from transformers import LlamaConfig
+
+from mka.data import load_corpus, prepare_tokens
+from mka.data.needle import PasskeyTask
+from mka.data.recall import RecallBatch
+from mka.models import build_model
+from mka.training import answers_right, train_on_answers
+
+HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 128, 4, 2
+LENGTHS, TOKENS_A_STEP = (96, 128, 256, 512, 1024), 4096
+MEMORIES: dict[str, Any] = {"chunk_size": 32, "top_k": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Train a small model to find a passkey."""
+
+    attention_type: str = "mka"
+    """mha, mka, fmka ..."""
+    local_window: int | None = 64
+    """Tokens of the window; None: the whole past."""
+    longterm_positions: str = "clamped"
+    """Of mka: clamped, or none."""
+    max_steps: int = 2500
+    """Optimiser steps of 4,096 tokens."""
+    seed: int = 0
+    """Of the weights and the prompts."""
+    output_dir: str = "runs/passkey"
+    """Where the model is saved; its folder is named after the mechanism."""
+
+
+def main(example: Example) -> None:
+    torch.manual_seed(example.seed)
+    corpus = prepare_tokens(load_corpus("stdlib"), "bpe", vocab_size=1024)
+    tokenizer = corpus.tokenizer
+    tasks = {
+        name: PasskeyTask(corpus.splits[name].ids, lambda text: tokenizer.encode_batch([text])[0])
+        for name in ("train", "validation")
+    }
+    config = LlamaConfig(
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=2 * HIDDEN_SIZE,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=2,
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=LENGTHS[-1],
+        bos_token_id=tokenizer.eos_id,
+        eos_token_id=tokenizer.eos_id,
+        tie_word_embeddings=True,
+        initializer_range=HIDDEN_SIZE**-0.5,
+    )
+    kind = example.attention_type
+    options = {"local_window": example.local_window} | (MEMORIES if "mka" in kind else {})
+    options |= {"longterm_positions": example.longterm_positions} if kind == "mka" else {}
+    model = build_model(config, kind, example.seed, **options)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+
+    def batch_at(step: int) -> RecallBatch:
+        """Lengths open one after the other over the first 60 % of the steps; every second step has the longest."""
+        opened = min(len(LENGTHS), 1 + int(len(LENGTHS) * step / (0.6 * example.max_steps)))
+        length = LENGTHS[step % opened if step % 2 else opened - 1]
+        return tasks["train"].batch(length, TOKENS_A_STEP // length, (example.seed, step))
+
+    def look() -> str:
+        held_out = {
+            length: tasks["validation"].batch(length, 16, (example.seed, length)) for length in (128, 512, 2048)
+        }
+        return ", ".join(f"{length}: {answers_right(model, batch):.3f}" for length, batch in held_out.items())
+
+    train_on_answers(model, batch_at, example.max_steps, 3e-3, look)
+    window = "" if example.local_window is None else f"-w{example.local_window}"
+    window += "-unplaced" if example.longterm_positions == "none" else ""
+    folder = f"{example.output_dir}/{kind}{window}-seed{example.seed}"
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    print(f"Saved  {folder}; mka eval needle --model {folder}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Example, use_underscores=True))

@@ -1,0 +1,77 @@
+"""Train a small model to recall (MQAR), and save it for `mka eval recall`.
+
+python examples/recall_example.py --attention_type mka
+python examples/recall_example.py --attention_type mha --local_window 16
+
+Rows of 16 to 64 tokens that are full of pairs and questions teach the lookup; the last third of the training has the
+shapes that are evaluated: 64/4, 128/8 and 256/16.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tyro
+from transformers import LlamaConfig
+
+from mka.data.recall import RecallBatch, recall_batch
+from mka.models import build_model
+from mka.training import answers_right, train_on_answers
+
+VOCAB_SIZE, HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 8192, 64, 2, 2
+TOKENS_A_STEP = 2048
+FULL, SHAPES = ((16, 4), (32, 8), (64, 16)), ((64, 4), (128, 8), (256, 16))
+MEMORIES: dict[str, Any] = {"chunk_size": 4, "top_k": 4}
+HELD_OUT = 2**32
+"""Seeds from here on are not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Train a small model to recall."""
+
+    attention_type: str = "mka"
+    """mha, mka, fmka ..."""
+    local_window: int | None = 16
+    """Tokens of the window; None: the whole past."""
+    max_steps: int = 4500
+    """Optimiser steps of 2,048 tokens."""
+    seed: int = 0
+    """Of the weights and the rows."""
+    output_dir: str = "runs/recall"
+    """Where the model is saved; its folder is named after the mechanism."""
+
+
+def main(example: Example) -> None:
+    torch.manual_seed(example.seed)
+    config = LlamaConfig(
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=2 * HIDDEN_SIZE,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=SHAPES[-1][0],
+        tie_word_embeddings=True,
+        initializer_range=HIDDEN_SIZE**-0.5,
+    )
+    options = {"local_window": example.local_window} | (MEMORIES if "mka" in example.attention_type else {})
+    model = build_model(config, example.attention_type, example.seed, **options)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+
+    def batch_at(step: int) -> RecallBatch:
+        tokens, pairs = (FULL if 3 * step < 2 * example.max_steps else SHAPES)[step % 3]
+        return recall_batch(tokens, pairs, TOKENS_A_STEP // tokens, (example.seed, step), VOCAB_SIZE)
+
+    def look() -> str:
+        held_out = {f"{t}/{n}": recall_batch(t, n, 64, (example.seed + HELD_OUT, t), VOCAB_SIZE) for t, n in SHAPES}
+        return ", ".join(f"{shape} {answers_right(model, batch):.3f}" for shape, batch in held_out.items())
+
+    train_on_answers(model, batch_at, example.max_steps, 3e-3, look)
+    window = "" if example.local_window is None else f"-w{example.local_window}"
+    folder = f"{example.output_dir}/{example.attention_type}{window}-seed{example.seed}"
+    model.save_pretrained(folder)
+    print(f"Saved  {folder}; mka eval recall --model {folder}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Example, use_underscores=True))

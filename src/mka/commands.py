@@ -1,0 +1,185 @@
+"""The commands of `mka` beside bench: what each takes from its command line."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from mka.config import InputError, LongTermConfig, check_at_least
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Redraw the table and the figures of a finished or unfinished run."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of a `mka bench` run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice(LongTermConfig):
+    """A saved model, and how it continues a text."""
+
+    model: str
+    """Folder of a saved model, or a name on the hub; any causal model of transformers."""
+    max_new_tokens: int = 128
+    """Tokens written at most, in one answer."""
+    temperature: float = 0.0
+    """0: the likeliest token each time. Above: tokens are drawn, with more surprise the higher it is."""
+    seed: int = 0
+    """Of the draws."""
+    bank: str | None = None
+    """Folder of a bank (mka memory add): the documents in it are the far past of the text."""
+    show_memory: bool = False
+    """Say what the cache holds, and how the router divided its attention."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature}; it must be 0 or above")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(ModelChoice):
+    """Continue a text with a saved model."""
+
+    prompt: str | None = None
+    """The text to go on from."""
+    prompt_file: str | None = None
+    """A file that holds it (UTF-8)."""
+    prefill_chunk_size: int | None = None
+    """Read the prompt in pieces of this many tokens, so that memory is that of a piece; None: at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("prefill_chunk_size", self.prefill_chunk_size, 1)
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise InputError("give one of --prompt and --prompt_file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(ModelChoice):
+    """Talk with a saved model, which reads each turn once: a line in, an answer out, until the input ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankConfig:
+    bank: str
+    """Folder of the bank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryAddConfig(BankConfig):
+    """Read documents once and keep their chunks in a bank, which is made if there is none."""
+
+    documents: tyro.conf.Positional[tuple[str, ...]]
+    """UTF-8 text files."""
+    model: str
+    """Folder of a saved model of mka or fmka, or a name on the hub; a bank is of one model."""
+    piece: int = 4096
+    """Tokens read at a time; peak memory is that of a piece."""
+
+    def __post_init__(self) -> None:
+        check_at_least("piece", self.piece, 1)
+        if not self.documents:
+            raise InputError("no document is given; give one or more UTF-8 text files")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryListConfig(BankConfig):
+    """The documents of a bank, in the order in which they were added."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryVerifyConfig(BankConfig):
+    """Compare everything in a bank with its checksums; exit status 1 if a document is damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRemoveConfig(BankConfig):
+    """Take a document out of a bank."""
+
+    document: tyro.conf.Positional[str]
+    """Its name or its identity, as `mka memory list` shows them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Banks: what a model has read once, kept for other processes."""
+
+    action: (
+        Annotated[MemoryAddConfig, tyro.conf.subcommand("add")]
+        | Annotated[MemoryListConfig, tyro.conf.subcommand("list")]
+        | Annotated[MemoryVerifyConfig, tyro.conf.subcommand("verify")]
+        | Annotated[MemoryRemoveConfig, tyro.conf.subcommand("remove")]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(LongTermConfig):
+    model: str
+    """Folder of a saved model, or a name on the hub; any causal model of transformers."""
+    samples: int = 1
+    """Prompts of each kind."""
+    seed: int = 0
+    """Of the prompts."""
+    output: str | None = None
+    """Also write a JSON line for each row of the table to this file."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("samples", self.samples, 1)
+        check_at_least("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleConfig(ScoreConfig):
+    """Passkey: a number said once in a long text, asked for at its end."""
+
+    lengths: tuple[int, ...] = (1024, 4096)
+    """Tokens of a prompt."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where the number is said: 0 at the beginning, 1 right before the question."""
+    text_path: tuple[str, ...] = ()
+    """Files or folders the text is taken from; default: Python's standard library, its test split."""
+    piece: int = 4096
+    """Tokens read at a time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("piece", self.piece, 1)
+        if not self.lengths or not self.depths:
+            raise InputError("lengths or depths is empty; give one or more numbers")
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise InputError(f"depths holds {depth}; each must be between 0 and 1")
+        for length in self.lengths:
+            check_at_least("lengths", length, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallConfig(ScoreConfig):
+    """MQAR: pairs of tokens told once, then each key is asked for its value."""
+
+    shapes: tuple[str, ...] = ("64/4", "128/8", "256/16")
+    """Tokens of a row / pairs told in it."""
+    samples: int = 256
+    """Rows of each shape."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for shape in self.shapes:
+            sizes = shape.split("/")
+            if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+                raise InputError(f"shapes holds {shape!r}; give tokens/pairs, such as 64/4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What a saved model can do."""
+
+    task: (
+        Annotated[NeedleConfig, tyro.conf.subcommand("needle")]
+        | Annotated[RecallConfig, tyro.conf.subcommand("recall")]
+    )

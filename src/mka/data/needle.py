@@ -1,0 +1,68 @@
+"""The passkey task: a number said once, somewhere in a long text, and asked for at the end (arXiv 2305.16300).
+
+    text text | The pass key is 5 8 2 1 3. ... | text text text | What is the pass key? The pass key is | 5 8 2 1 3
+                depth 0 .. 1                                      question                                answer
+
+The text around it is a corpus's own, from a place that the seed draws; it begins again where it is too short.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mka.config import InputError
+from mka.data.recall import NOT_ASKED, RecallBatch
+
+DIGITS = 5
+TOLD, QUESTION = "\nThe pass key is {0}. Remember it. {0} is the pass key.\n", "\nWhat is the pass key? The pass key is"
+
+
+@dataclass(frozen=True)
+class Passkey:
+    """A prompt's tokens, and those of its answer."""
+
+    prompt: np.ndarray
+    answer: np.ndarray
+
+
+@dataclass(frozen=True)
+class PasskeyTask:
+    """Prompts over one text: `ids` (N,) its tokens, `encode` from text to tokens without special ones."""
+
+    ids: np.ndarray
+    encode: Callable[[str], Sequence[int]]
+
+    def prompt(self, length: int, depth: float, seed: tuple[int, ...]) -> Passkey:
+        """`length` tokens, the question included, with the key `depth` (0: first, 1: last) of the way in.
+
+        A pure function of its arguments. Raises InputError for a length that does not hold key and question.
+        """
+        rng = np.random.default_rng(seed)
+        key = " ".join(str(digit) for digit in rng.integers(0, 10, DIGITS))
+        told, question, answer = (
+            np.asarray(self.encode(text), dtype=np.int64) for text in (TOLD.format(key), QUESTION, f" {key}")
+        )
+        around = length - len(told) - len(question)
+        if around < 0:
+            raise InputError(f"length is {length}; key and question alone take {length - around} tokens")
+        if not 0 <= depth <= 1:
+            raise InputError(f"depth is {depth}; it must be between 0 and 1")
+        start = int(rng.integers(len(self.ids)))
+        text = self.ids[np.arange(start, start + around) % len(self.ids)].astype(np.int64)
+        place = round(depth * around)
+        return Passkey(np.concatenate([text[:place], told, text[place:], question]), answer)
+
+    def batch(self, length: int, rows: int, seed: tuple[int, ...]) -> RecallBatch:
+        """Rows of `length` tokens, prompt and answer, at depths drawn evenly: for training."""
+        tokens = np.empty((rows, length), dtype=np.int64)
+        targets = np.full((rows, length), NOT_ASKED, dtype=np.int64)
+        for row in range(rows):
+            depth = float(np.random.default_rng([*seed, row, 1]).random())
+            widest = self.prompt(length - 1, depth, (*seed, row))
+            answer = widest.answer
+            passkey = self.prompt(length - len(answer) + 1, depth, (*seed, row))
+            tokens[row] = np.concatenate([passkey.prompt, answer[:-1]])
+            targets[row, length - len(answer) :] = answer
+        return RecallBatch(torch.from_numpy(tokens), torch.from_numpy(targets))
