@@ -22,6 +22,7 @@ from mka.training import answers_right, train_on_answers
 
 HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 128, 4, 2
 LENGTHS, TOKENS_A_STEP = (96, 128, 256, 512, 1024), 4096
+LOOKS = (128, 512, 2048)
 MEMORIES: dict[str, Any] = {"chunk_size": 32, "top_k": 4}
 
 

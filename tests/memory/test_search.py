@@ -1,6 +1,7 @@
 """Candidate search: sign codes and graphs against the exact order."""
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mka.memory.longterm import num_candidates, retrieve
 from mka.memory.places import LongTerm
 from mka.memory.search import FaissIndex, hamming, retrieve_lsh, sign_codes
 
-LIMITS = {"chunk_size": 3, "window": 4, "top_k": 3}
+LIMITS: dict[str, Any] = {"chunk_size": 3, "window": 4, "top_k": 3}
 
 
 def case(chunks: int = 40, tokens: int = 123, groups: int = 2, width: int = 8) -> tuple[Tensor, Tensor, Tensor]:

@@ -160,7 +160,8 @@ def test_a_file_has_no_name(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
     code = (
-        "import os, sys, torch; from mka.memory.disk import DiskStore; from mka.memory.store import Budget, RecordForm\n"
+        "import os, sys, torch\n"
+        "from mka.memory.disk import DiskStore\nfrom mka.memory.store import Budget, RecordForm\n"
         "store = DiskStore(RecordForm(1, 2, 3, torch.float32), 1, Budget(), sys.argv[1]); store.reserve(99)\n"
         "store.write(0, 0, torch.ones(99, 1, 3)); os.kill(os.getpid(), 9)"
     )
