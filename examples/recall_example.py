@@ -3,7 +3,7 @@
 python examples/recall_example.py --attention_type mka
 python examples/recall_example.py --attention_type mha --local_window 16
 
-Rows of 16 to 64 tokens that are full of pairs and questions teach the lookup; the last third of the training has the
+Rows of 16 to 64 tokens that are full of pairs and questions teach the lookup; the second half of the training has the
 shapes that are evaluated: 64/4, 128/8 and 256/16.
 """
 
@@ -19,7 +19,7 @@ from mka.models import build_model
 from mka.training import answers_right, train_on_answers
 
 VOCAB_SIZE, HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 8192, 64, 2, 2
-TOKENS_A_STEP = 2048
+TOKENS_A_STEP = 4096
 FULL, SHAPES = ((16, 4), (32, 8), (64, 16)), ((64, 4), (128, 8), (256, 16))
 MEMORIES: dict[str, Any] = {"chunk_size": 4, "top_k": 4}
 HELD_OUT = 2**32
@@ -34,8 +34,8 @@ class Example:
     """mha, mka, fmka ..."""
     local_window: int | None = 16
     """Tokens of the window; None: the whole past."""
-    max_steps: int = 4500
-    """Optimiser steps of 2,048 tokens."""
+    max_steps: int = 6000
+    """Optimiser steps of 4,096 tokens."""
     seed: int = 0
     """Of the weights and the rows."""
     output_dir: str = "runs/recall"
@@ -59,7 +59,7 @@ def main(example: Example) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
     def batch_at(step: int) -> RecallBatch:
-        tokens, pairs = (FULL if 3 * step < 2 * example.max_steps else SHAPES)[step % 3]
+        tokens, pairs = (FULL if 2 * step < example.max_steps else SHAPES)[step % 3]
         return recall_batch(tokens, pairs, TOKENS_A_STEP // tokens, (example.seed, step), VOCAB_SIZE)
 
     def look() -> str:

@@ -1,0 +1,160 @@
+"""Defects of a long-term memory, planted: the tests of its store, its search and its selection turn red."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import checks
+import checks_state
+from mka.config import LongTermConfig
+from mka.memory import longterm, search
+from mka.memory.disk import DiskStore
+from mka.memory.places import LongTerm
+from mka.memory.state import State
+from mka.memory.store import MemoryStore
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def a_chunk_may_retrieve_itself(patch: pytest.MonkeyPatch) -> None:
+    """Chunks inside the window, the query's own included."""
+    patch.setattr(longterm, "num_candidates", lambda t, chunk_size, window: t // chunk_size + 1)
+
+
+def a_tie_goes_to_the_later_chunk(patch: pytest.MonkeyPatch) -> None:
+    real = longterm.top_by_place
+
+    def later(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        best, place = real(scores.flip(-1).contiguous(), top_k)
+        return best, scores.shape[-1] - 1 - place
+
+    patch.setattr(longterm, "top_by_place", later)
+    patch.setattr(search, "top_by_place", later)
+
+
+def a_summary_that_counts_padding(patch: pytest.MonkeyPatch) -> None:
+    real = longterm.write_chunk_means
+
+    def counted(x: Tensor, chunk_size: int, state: State) -> Tensor:
+        past, lengths = state.past, state.lengths
+        state.past, state.lengths = [max(past)] * len(past), [max(lengths)] * len(past)
+        try:
+            return real(x, chunk_size, state)
+        finally:
+            state.past, state.lengths = past, lengths
+
+    for kind in ("mka", "fmka"):
+        patch.setattr(f"mka.attention.{kind}.write_chunk_means", counted)
+
+
+def written_one_entry_late(patch: pytest.MonkeyPatch) -> None:
+    for kind in (MemoryStore, DiskStore):
+        real = kind.write
+
+        def late(store: Any, row: int, start: int, values: Tensor, real: Any = real) -> None:
+            real(store, row, max(0, start - 1), values)
+
+        patch.setattr(kind, "write", late)
+
+
+def rows_share_a_store(patch: pytest.MonkeyPatch) -> None:
+    for kind in (MemoryStore, DiskStore):
+        real = kind.read
+        patch.setattr(kind, "read", lambda store, row, chunk, group, real=real: real(store, row * 0, chunk, group))
+
+
+def rows_are_not_selected(patch: pytest.MonkeyPatch) -> None:
+    for kind in (MemoryStore, DiskStore):
+        patch.setattr(kind, "select", lambda *_: None)
+
+
+def codes_of_other_projections(patch: pytest.MonkeyPatch) -> None:
+    """Codes that differ from call to call."""
+    draws = torch.Generator().manual_seed(1)
+    patch.setattr(
+        search, "projection", lambda width, bits: torch.randn(width, bits, generator=draws, dtype=torch.float64)
+    )
+
+
+def started(attn: Any, rows: int, find: Any) -> State:
+    return attn.initial_state(rows, longterm=LongTerm.of(LongTermConfig(longterm_store="disk", longterm_search=find)))
+
+
+@torch.no_grad()
+def in_pieces(attn: Any, find: str = "exact", valid: Tensor | None = None, equal_rows: bool = False) -> None:
+    """Through the disk, against one call without a state."""
+    x = checks.rows(3, checks_state.TOKENS)
+    if equal_rows:
+        x[:, 3:21] = x[:, :3].repeat(1, 6, 1)  # the same chunk over and over
+    state = started(attn, 3, find)
+    y, _ = checks_state.in_calls(attn, x, [4, 5, 20], valid, state=state)
+    checks.close(y, attn(x, valid=valid)[0])
+
+
+def exact_pieces(attn: Any) -> None:
+    in_pieces(attn)
+
+
+def padded_pieces(attn: Any) -> None:
+    in_pieces(attn, valid=checks_state.padding("left", 3))
+
+
+@torch.no_grad()
+def chosen_rows(attn: Any) -> None:
+    x, state = checks.rows(2, checks_state.TOKENS), started(attn, 2, "exact")
+    checks_state.in_calls(attn, x[:, :20], [7], state=state)
+    y, _ = checks_state.in_calls(attn, x[[1, 0], 20:], [3], state=state.select([1, 0]))
+    checks.close(y, attn(x[[1, 0]])[0][:, 20:])
+
+
+def against_naive(attn: Any) -> None:
+    checks.assert_equals_naive(attn, checks.rows(2, checks_state.TOKENS))
+
+
+def ties_against_naive(attn: Any) -> None:
+    """Chunks with one summary and different tokens: which of them is read decides what comes out."""
+    x = checks.rows(1, checks_state.TOKENS)
+    for start in range(3, 21, 3):
+        x[:, start : start + 3] = x[:, :3].flip(1) if start % 2 else x[:, :3]
+    attn.chunk_size = 3
+    queries, summaries = x[:, :, None], longterm.chunk_means(x, 3)[:, :, None]
+    chosen = longterm.retrieve(queries, summaries * 0, chunk_size=3, window=4, top_k=2)
+    assert torch.equal(chosen.chunk[0, -1, 0], torch.tensor([0, 1]))
+
+
+@torch.no_grad()
+def few_codes(attn: Any) -> None:
+    """Few candidates are re-ranked: one call and token by token still agree."""
+    x = checks.rows(2, 60)
+    whole, _ = attn(x, state=started(attn, 2, "lsh"))
+    y, _ = checks_state.in_calls(attn, x, range(1, 60), state=started(attn, 2, "lsh"))
+    checks.close(y, whole)
+
+
+MEMORIES = ("mka", "fmka")
+DEFECTS: list[tuple[Plant, tuple[str, ...], Callable[[Any], None]]] = [
+    (a_chunk_may_retrieve_itself, MEMORIES, against_naive),
+    (a_tie_goes_to_the_later_chunk, ("mka",), ties_against_naive),
+    (a_summary_that_counts_padding, MEMORIES, padded_pieces),
+    (written_one_entry_late, MEMORIES, exact_pieces),
+    (rows_share_a_store, MEMORIES, exact_pieces),
+    (rows_are_not_selected, MEMORIES, chosen_rows),
+    (codes_of_other_projections, MEMORIES, few_codes),
+]
+
+
+@pytest.mark.parametrize(
+    ("plant", "kind", "check"), [(plant, kind, check) for plant, kinds, check in DEFECTS for kind in kinds]
+)
+def test_the_memory_turns_red(
+    plant: Plant, kind: str, check: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "RERANKED_LEAST", 1)
+    attn = checks.make(kind)
+    check(attn)
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, IndexError)):
+        check(attn)
