@@ -1,9 +1,9 @@
 """Train a small model to recall (MQAR), and save it for `mka eval recall`.
 
-python examples/recall_example.py --attention_type mka
+python examples/recall_example.py
 python examples/recall_example.py --attention_type mha --local_window 16
 
-Rows of 16 to 64 tokens that are full of pairs and questions teach the lookup; the second half of the training has the
+Rows of 16 to 64 tokens that are full of pairs and questions teach the lookup; the last third of the training has the
 shapes that are evaluated: 64/4, 128/8 and 256/16.
 """
 
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import tyro
 from transformers import LlamaConfig
+from transformers.utils import logging
 
 from mka.data.recall import RecallBatch, recall_batch
 from mka.models import build_model
 from mka.training import answers_right, train_on_answers
 
 VOCAB_SIZE, HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 8192, 64, 2, 2
-TOKENS_A_STEP = 4096
+TOKENS_A_STEP = 2048
 FULL, SHAPES = ((16, 4), (32, 8), (64, 16)), ((64, 4), (128, 8), (256, 16))
 MEMORIES: dict[str, Any] = {"chunk_size": 4, "top_k": 4}
 HELD_OUT = 2**32
@@ -34,8 +35,8 @@ class Example:
     """mha, mka, fmka ..."""
     local_window: int | None = 16
     """Tokens of the window; None: the whole past."""
-    max_steps: int = 6000
-    """Optimiser steps of 4,096 tokens."""
+    max_steps: int = 4500
+    """Optimiser steps of 2,048 tokens."""
     seed: int = 0
     """Of the weights and the rows."""
     output_dir: str = "runs/recall"
@@ -43,6 +44,7 @@ class Example:
 
 
 def main(example: Example) -> None:
+    logging.disable_progress_bar()
     torch.manual_seed(example.seed)
     config = LlamaConfig(
         hidden_size=HIDDEN_SIZE,
@@ -59,7 +61,7 @@ def main(example: Example) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
     def batch_at(step: int) -> RecallBatch:
-        tokens, pairs = (FULL if 2 * step < example.max_steps else SHAPES)[step % 3]
+        tokens, pairs = (FULL if 3 * step < 2 * example.max_steps else SHAPES)[step % 3]
         return recall_batch(tokens, pairs, TOKENS_A_STEP // tokens, (example.seed, step), VOCAB_SIZE)
 
     def look() -> str:

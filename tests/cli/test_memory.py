@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,11 +79,9 @@ def test_the_same_document_twice_is_noticed(saved: Path, bank: Path, capsys: pyt
 
 
 def test_generate_in_another_process_sees_the_bank(saved: Path, bank: Path) -> None:
-    """Greedy text with the bank equals greedy text of the model with that bank here, and differs from that without."""
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(saved / "mka").eval(),
-        AutoTokenizer.from_pretrained(saved / "mka"),
-    )
+    """It says what the model with that bank says here, which is not what it says without."""
+    model: Any = AutoModelForCausalLM.from_pretrained(saved / "mka").eval()
+    tokenizer = AutoTokenizer.from_pretrained(saved / "mka")
     row = tokenizer("the cat", return_tensors="pt").input_ids
 
     def said(cache: object) -> str:

@@ -14,6 +14,8 @@ ARGUMENTS = {
     "attention_in_your_model.py": (),
     "distributed_fmka_example.py": ("--max_steps", "2", "--num_ranks", "2", "--text_path", "TEXT"),
     "fmka_example.py": ("--max_steps", "2", "--num_tokens", "5", "--prompt", "def attend("),
+    "passkey_example.py": ("--max_steps", "2", "--output_dir", "cache/passkey"),
+    "recall_example.py": ("--max_steps", "2", "--output_dir", "cache/recall"),
     "trainer_example.py": ("--max_steps", "2"),
 }
 """What makes an example short; each must be named. TEXT stands for a file with some."""
@@ -21,6 +23,8 @@ PRINTED = {
     "attention_in_your_model.py": "fmka",
     "distributed_fmka_example.py": "2 rank(s) on cpu, ddp",
     "fmka_example.py": "def attend(",
+    "passkey_example.py": "mka eval needle --model cache/passkey/mka-w64-seed0",
+    "recall_example.py": "mka eval recall --model cache/recall/mka-w16-seed0",
     "trainer_example.py": "gates of the memories, by layer: 1.000, 1.000, 1.000, 1.000",
 }
 START = """
