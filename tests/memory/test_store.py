@@ -152,6 +152,20 @@ def test_the_limit_is_that_of_all_stores_together(kind: str) -> None:
     assert budget.used == budget.limit
 
 
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_what_is_let_go_of_can_be_taken_again(kind: str) -> None:
+    budget = Budget(6 * FORM.chunk_bytes)
+    store = make_store(kind, 2, budget)
+    store.reserve(6)
+    with pytest.raises(InputError, match="needs 384 more"):
+        store.select([0, 1, 1, 0])
+    store.select([1])
+    store.select([0, 0, 0])
+    assert budget.used == budget.limit
+    del store
+    assert budget.used == 0
+
+
 def test_a_file_has_no_name(tmp_path: Path) -> None:
     store = DiskStore(FORM, 2, Budget(), str(tmp_path))
     store.reserve(9)

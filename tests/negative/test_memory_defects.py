@@ -68,7 +68,7 @@ def rows_share_a_store(patch: pytest.MonkeyPatch) -> None:
 
 def rows_are_not_selected(patch: pytest.MonkeyPatch) -> None:
     for kind in (MemoryStore, DiskStore):
-        patch.setattr(kind, "select", lambda *_: None)
+        patch.setattr(kind, "_select", lambda *_: None)
 
 
 def codes_of_other_projections(patch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ class DiskStore(Store):
             found[mine] = file.read(chunk[mine], group[mine])
         return found
 
-    def select(self, rows: Sequence[int]) -> None:
+    def _select(self, rows: Sequence[int]) -> None:
         """A row that is taken twice is copied."""
         free, files = set(range(self.rows)) - set(rows), []
         taken: set[int] = set()
@@ -114,7 +114,7 @@ class DiskStore(Store):
             taken.add(row)
         for row in free:
             self.files[row].close()
-        self.files, self.rows = files, len(files)
+        self.files = files
 
     def _copy(self, file: MappedFile) -> MappedFile:
         copy = MappedFile(self._open(), self.form)
@@ -135,6 +135,7 @@ class DiskStore(Store):
         return self.rows * self.capacity * self.form.chunk_bytes
 
     def __del__(self) -> None:
+        super().__del__()
         for file in getattr(self, "files", ()):
             file.close()
 

@@ -48,7 +48,7 @@ class Budget:
 
     def take(self, size: int) -> None:
         """Raises InputError, and takes nothing, beyond the limit."""
-        if self.limit is not None and self.used + size > self.limit:
+        if self.limit is not None and size > 0 and self.used + size > self.limit:
             raise InputError(
                 f"longterm_gib is {self.limit / 2**30:g}; the long-term store holds {self.used:,} bytes and needs "
                 f"{size:,} more; allow more, or read less"
@@ -93,9 +93,17 @@ class Store(Records):
     def write(self, row: int, start: int, values: Tensor) -> None:
         """values (N, groups, width): entries start .. start + N of the row; there must be room."""
 
-    @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
         """The rows of these numbers, in this order; a row may be taken several times."""
+        self.budget.take((len(rows) - self.rows) * self.capacity * self.form.chunk_bytes)
+        self._select(rows)
+        self.rows = len(rows)
+
+    @abstractmethod
+    def _select(self, rows: Sequence[int]) -> None: ...
+
+    def __del__(self) -> None:
+        self.budget.used -= self.rows * self.capacity * self.form.chunk_bytes
 
     @property
     @abstractmethod
@@ -155,9 +163,8 @@ class MemoryStore(Store):
         row, chunk, group = (x.to(self.data.device) for x in (row, chunk, group))
         return self.data[row, chunk, group]
 
-    def select(self, rows: Sequence[int]) -> None:
+    def _select(self, rows: Sequence[int]) -> None:
         self.data = self.data[list(rows)]
-        self.rows = len(rows)
 
     @property
     def allocated_nbytes(self) -> int:
