@@ -65,6 +65,8 @@ class ChatConfig(ModelChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class BankConfig:
+    """Which bank."""
+
     bank: str
     """Folder of the bank."""
 
@@ -118,6 +120,8 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(LongTermConfig):
+    """Which model is asked, how often, and where the table goes."""
+
     model: str
     """Folder of a saved model, or a name on the hub; any causal model of transformers."""
     samples: int = 1

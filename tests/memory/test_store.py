@@ -18,6 +18,7 @@ from disks import files, full_at
 from mka.attention import CausalAttention
 from mka.config import SEARCHES, STORES, InputError, LongTermConfig
 from mka.memory import disk
+from mka.memory import longterm as longterm_module
 from mka.memory.disk import DiskStore
 from mka.memory.places import LongTerm
 from mka.memory.state import State
@@ -60,6 +61,21 @@ def test_calls_equal_one_call(kind: str, variant: str, store: str, search: str, 
         seen = [TOKENS] * 3 if valid is None else valid.sum(1).tolist()
         assert state.nbytes == sum(attn.state_nbytes(1, n, x.dtype, number, where) for n in seen)
         assert state.allocated_nbytes >= state.nbytes
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
+@pytest.mark.parametrize("store", ["host", "disk"])
+@pytest.mark.parametrize("queries", [1, 4, 7])
+@pytest.mark.parametrize("side", SIDES)
+def test_tiles_fetched_ahead_change_nothing(
+    kind: str, store: str, queries: int, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few queries to a tile; those of the next one are fetched by another thread."""
+    attn, x, valid = checks.make(kind, "rotary"), checks.rows(3, TOKENS), padding(side, 3)
+    pairs = 3 * attn.num_kv_heads * 2 * 2 * 3 * attn.head_dim * 8 if kind == "mka" else 3 * 2 * attn.hidden_size * 8
+    monkeypatch.setattr(longterm_module, "TILE_BYTES", queries * pairs)
+    state = attn.initial_state(3, longterm=longterm(store))
+    checks.close(in_calls(attn, x, [20], state, valid), attn(x, valid=valid)[0])
 
 
 @pytest.mark.parametrize("kind", MEMORIES)

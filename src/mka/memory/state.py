@@ -105,7 +105,7 @@ class State:
 
     @property
     def tokens_a_chunk(self) -> int:
-        """c; 1 where nothing is kept by the chunk."""
+        """c, of a state that keeps chunks."""
         return max(entry.every * (entry.block or 1) for entry in self.entries.values() if entry.block)
 
     @property
