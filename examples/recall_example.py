@@ -19,7 +19,7 @@ from mka.data.recall import RecallBatch, recall_batch
 from mka.models import build_model
 from mka.training import answers_right, train_on_answers
 
-VOCAB_SIZE, HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 8192, 64, 2, 2
+VOCAB_SIZE, HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 8192, 128, 2, 2
 TOKENS_A_STEP = 2048
 FULL, SHAPES = ((16, 4), (32, 8), (64, 16)), ((64, 4), (128, 8), (256, 16))
 MEMORIES: dict[str, Any] = {"chunk_size": 4, "top_k": 4}

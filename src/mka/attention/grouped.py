@@ -112,7 +112,8 @@ class MemoryAttention(GroupedAttention):
         bank = None if longterm is None else longterm.bank
         if longterm and bank and longterm.config.longterm_search == "lsh":
             keys = bank.summaries[self.index_store]
-            coded = {CODE: sign_codes(keys if keys.dim() == 3 else keys.unsqueeze(1))}
+            keys = keys if keys.dim() == 3 else keys.unsqueeze(1)
+            coded = {CODE: sign_codes(keys, keys)}
             longterm = replace(longterm, bank=replace(bank, summaries={**bank.summaries, **coded}))
         return super().initial_state(batch_size, dtype, device, reversible, longterm)
 
@@ -128,7 +129,8 @@ class MemoryAttention(GroupedAttention):
     def write_index(self, keys: Tensor, state: State) -> None:
         """Note the keys (B, N, G, E) or (B, N, E) of the chunks that this call completes, as they will be searched."""
         if CODE in state.entries:
-            state.write(CODE, sign_codes(keys if keys.dim() == 4 else keys.unsqueeze(2)))
+            keys, held = (x if x.dim() == 4 else x.unsqueeze(2) for x in (keys, state.all(self.index_store)))
+            state.write(CODE, sign_codes(keys, held))
 
     @property
     def limits(self) -> Limits:

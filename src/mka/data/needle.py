@@ -3,7 +3,9 @@
     text text | The pass key is 5 8 2 1 3. ... | text text text | What is the pass key? The pass key is | 5 8 2 1 3
                 depth 0 .. 1                                      question                                answer
 
-The text around it is a corpus's own, from a place that the seed draws; it begins again where it is too short.
+The digits differ and are encoded one by one, so that a model that finds them can copy them by what stood before each:
+finding is what is measured. The text around is a corpus's own, from a place that the seed draws; it begins again where
+it is too short.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from mka.config import InputError
 from mka.data.recall import NOT_ASKED, RecallBatch
 
 DIGITS = 5
-TOLD, QUESTION = "\nThe pass key is {0}. Remember it. {0} is the pass key.\n", "\nWhat is the pass key? The pass key is"
+TOLD, QUESTION = ("\nThe pass key is ", ". Remember it. ", " is the pass key.\n"), "\nWhat is the pass key? The pass key is "
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,9 @@ class PasskeyTask:
         A pure function of its arguments. Raises InputError for a length that does not hold key and question.
         """
         rng = np.random.default_rng(seed)
-        key = " ".join(str(digit) for digit in rng.integers(0, 10, DIGITS))
-        told, question, answer = (
-            np.asarray(self.encode(text), dtype=np.int64) for text in (TOLD.format(key), QUESTION, f" {key}")
-        )
+        answer = self.tokens(*(str(digit) for digit in rng.permutation(10)[:DIGITS]))
+        before, between, after = map(self.tokens, TOLD)
+        told, question = np.concatenate([before, answer, between, answer, after]), self.tokens(QUESTION)
         around = length - len(told) - len(question)
         if around < 0:
             raise InputError(f"length is {length}; key and question alone take {length - around} tokens")
@@ -53,6 +54,10 @@ class PasskeyTask:
         text = self.ids[np.arange(start, start + around) % len(self.ids)].astype(np.int64)
         place = round(depth * around)
         return Passkey(np.concatenate([text[:place], told, text[place:], question]), answer)
+
+    def tokens(self, *texts: str) -> np.ndarray:
+        """Each encoded by itself, one after the other."""
+        return np.concatenate([np.asarray(self.encode(text), dtype=np.int64) for text in texts])
 
     def batch(self, length: int, rows: int, seed: tuple[int, ...]) -> RecallBatch:
         """Rows of `length` tokens, prompt and answer, at depths drawn evenly: for training."""

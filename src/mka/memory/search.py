@@ -1,17 +1,23 @@
 """How the best chunks of a state are found: every summary (exact), by sign codes first (lsh), or by a graph (faiss).
 
     exact   q . s for every candidate
-    lsh     bits of sign(s P) for every candidate, the nearest 1/32 re-ranked by q . s     (Charikar, STOC 2002)
-    faiss   an HNSW graph over the summaries; what it proposes is re-ranked by q . s       (arXiv 1603.09320)
+    lsh     |s - m| times (q P) . sign((s - m) P) for every candidate, the best 1/40 re-ranked by q . s
+            P: random rotations, m: mean of the first 16 chunks                        (Charikar, STOC 2002; see below)
+    faiss   an HNSW graph over s - m; what it proposes is re-ranked by q . s               (arXiv 1603.09320)
 
 All three compare before any rotary embedding, in float32 or better, and the earlier chunk wins a tie.
+
+Keys of trained models lie in a narrow cone, so signs of the keys themselves hardly differ, nor do their neighbours in a
+graph by inner products: both are about a centre.
+A centre takes the same from every chunk's score and so changes no order, as long as it does not change itself; that is why
+it is the mean of the first chunks, which are always re-ranked and need no code. The query keeps its numbers (only what
+is stored must be small), and a byte holds the length that signs do not see.
 """
 
 import importlib
 from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +28,12 @@ from mka.ops.precision import no_autocast, upcast
 
 CODE = "code"
 BITS_PER_NUMBER = 2
-"""Bits of a code for each number of a summary: a sixteenth of its float32 bytes."""
-RERANKED_SHARE, RERANKED_LEAST = 32, 16
+"""Bits of a code for each number of a summary: with the byte of the length about a fourteenth of its float32 bytes."""
+CENTRE_CHUNKS = 16
+RERANKED_SHARE, RERANKED_LEAST = 40, 16
 """lsh re-ranks one candidate of so many, and this many for each chunk wanted at least."""
+LENGTH_STEPS, LENGTH_OF_ONE = 8, 128
+"""The byte of a length: steps for each doubling, and the byte that stands for 1."""
 TILE_BYTES = 2**26
 NEIGHBOURS, PROPOSED = 32, 64
 """faiss: links of the graph, and candidates it proposes for each chunk wanted."""
@@ -39,31 +48,50 @@ class Limits(NamedTuple):
 
 
 def code_entry(groups: int, width: int, chunk_size: int) -> Entry:
-    return Entry((groups, -(-BITS_PER_NUMBER * width // 8)), torch.uint8, every=chunk_size)
+    return Entry((groups, code_bytes(width)), torch.uint8, every=chunk_size)
+
+
+def code_bytes(width: int) -> int:
+    return -(-BITS_PER_NUMBER * width // 8) + 1
 
 
 @cache
-def projection(width: int, bits: int) -> Tensor:
-    return torch.randn(width, bits, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def projection(width: int) -> Tensor:
+    """P (E, bits): columns of random rotations, as many as the bits of a code need; the same at every call."""
+    bits, generator = 8 * (code_bytes(width) - 1), torch.Generator().manual_seed(0)
+    rotations = [
+        torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+        for _ in range(-(-bits // width))
+    ]
+    return torch.cat(rotations, dim=1)[:, :bits]
 
 
-def sign_codes(x: Tensor) -> Tensor:
-    """x (..., E) -> (..., E / 4) uint8: 2 E signs of random projections, eight to a byte; the same at every call."""
+def sign_codes(x: Tensor, summaries: Tensor) -> Tensor:
+    """x (B or ..., N, G, E) -> (..., N, G, E / 4 + 1) uint8: signs of (x - m) P, eight to a byte, and its length.
+
+    m is the mean of the first 16 of `summaries` (..., J, G, E); the codes of those 16 themselves are not used.
+    """
     with no_autocast(x):
-        bits = -(-BITS_PER_NUMBER * x.shape[-1] // 8) * 8
-        signs = upcast(x) @ projection(x.shape[-1], bits).to(upcast(x)) > 0
+        centre = summaries[..., :CENTRE_CHUNKS, :, :].double().mean(-3, keepdim=True)
+        x = x.double() - centre
+        signs = x @ projection(x.shape[-1]).to(x) > 0
         places = 2 ** torch.arange(8, device=x.device)
-        return (signs.unflatten(-1, (-1, 8)) * places).sum(-1).to(torch.uint8)
+        length = (LENGTH_STEPS * x.norm(dim=-1, keepdim=True).log2() + LENGTH_OF_ONE).round()
+        packed = (signs.unflatten(-1, (-1, 8)) * places).sum(-1)
+        return torch.cat([packed, length.nan_to_num().clamp(0, 255).long()], dim=-1).to(torch.uint8)
 
 
-def hamming(a: Tensor, b: Tensor) -> Tensor:
-    """Differing bits of codes that broadcast, (..., W) uint8 -> (...) int64."""
-    if a.device.type == "cpu":
-        word = next(kind for kind in (np.uint64, np.uint32, np.uint16, np.uint8) if a.shape[-1] % kind().itemsize == 0)
-        words = (np.ascontiguousarray(x.numpy()).view(word) for x in (a, b))
-        return torch.from_numpy(np.bitwise_count(np.bitwise_xor(*words)).sum(-1, dtype=np.int64))
-    table = torch.tensor([number.bit_count() for number in range(256)], device=a.device)
-    return table[(a ^ b).long()].sum(-1)
+def decoded(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., W) uint8 -> (..., 8 (W - 1)): the signs, +1 or -1, times the length."""
+    places = torch.arange(8, device=codes.device, dtype=torch.uint8)
+    signs = ((codes[..., :-1, None] >> places) & 1).flatten(-2).to(dtype).mul_(2).sub_(1)
+    return signs * 2 ** ((codes[..., -1:].to(dtype) - LENGTH_OF_ONE) / LENGTH_STEPS)
+
+
+def ordered(x: Tensor) -> Tensor:
+    """float32 -> int64 in the same order, between -2^31 and 2^31."""
+    bits = x.float().view(torch.int32).long()
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 def search(queries: Tensor, state: State, name: str, t: Tensor, limits: Limits) -> Retrieved:
@@ -91,24 +119,28 @@ def search(queries: Tensor, state: State, name: str, t: Tensor, limits: Limits) 
 def retrieve_lsh(
     queries: Tensor, summaries: Tensor, codes: Tensor, candidates: Tensor, top_k: int, reranked: int | None = None
 ) -> Retrieved:
-    """Of the candidates, those (`reranked` of them) whose codes differ least from the query's, ranked exactly.
+    """Of the candidates, those (`reranked` of them) whose codes promise most, ranked exactly.
 
     queries (B, T, G, E), summaries (B, J, G, E), codes (B, J, G, W); the first `candidates` (B or 1, T) are candidates.
     With `reranked` at J or more this is the exact search.
     """
     with no_autocast(queries):
-        queries, codes_of_queries = upcast(queries), sign_codes(queries)
+        queries = upcast(queries)
+        projected = (queries @ projection(queries.shape[-1]).to(queries)).transpose(1, 2)  # (B, G, T, bits)
+        promises = decoded(codes, queries.dtype).permute(0, 2, 3, 1)  # (B, G, bits, J)
         chunks = summaries.shape[1]
         column = torch.arange(chunks, device=queries.device)
         reranked = min(chunks, reranked or max(RERANKED_LEAST * top_k, chunks // RERANKED_SHARE))
-        bytes_of_query = queries.shape[0] * queries.shape[2] * (8 * chunks + 4 * reranked * queries.shape[3])
+        bytes_of_query = queries.shape[0] * queries.shape[2] * (24 * chunks + 4 * reranked * queries.shape[3])
         step = max(1, TILE_BYTES // max(1, bytes_of_query))
         found = []
         for start in range(0, queries.shape[1], step):
             tile = slice(start, start + step)
-            distance = hamming(codes_of_queries[:, tile, None], codes[:, None]).transpose(2, 3)  # (B, T, G, J)
-            distance = distance.masked_fill(column >= candidates[:, tile, None, None], 8 * codes.shape[-1] + 1)
-            nearest = (distance * chunks + column).topk(reranked, largest=False, sorted=False).values % max(1, chunks)
+            promised = (projected[:, :, tile] @ promises).transpose(1, 2)  # (B, T, G, J)
+            promised[..., :CENTRE_CHUNKS] = torch.inf
+            promised.masked_fill_(column >= candidates[:, tile, None, None], -torch.inf)
+            unique = ordered(promised) * chunks - column
+            nearest = -unique.topk(reranked, sorted=False).values % max(1, chunks)
             found.append(rerank(queries[:, tile], summaries, nearest, candidates[:, tile], top_k))
     return Retrieved(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
 
@@ -149,29 +181,35 @@ class FaissIndex:
         queries = upcast(queries)
         batch, tokens, groups, _ = queries.shape
         candidates = candidates.expand(batch, tokens)
-        proposed = torch.full((batch, tokens, groups, PROPOSED * top_k), -1, device=queries.device)
+        proposed = torch.full((batch, tokens, groups, CENTRE_CHUNKS + PROPOSED * top_k), -1, device=queries.device)
         for row in range(batch):
             for group in range(groups):
                 self.update(row, group, summaries[row, :, group])
                 for count in candidates[row].unique().tolist():
                     asked = candidates[row] == count
-                    answer = self.ask(row, group, queries[row, asked, group], count, proposed.shape[-1])
+                    answer = self.ask(row, group, queries[row, asked, group], count, PROPOSED * top_k)
                     proposed[row, asked, group] = answer.to(queries.device)
         return rerank(queries, summaries, proposed, candidates, top_k)
 
     def update(self, row: int, group: int, summaries: Tensor) -> None:
+        """The graph holds the chunks after the first 16, about the mean of those."""
+        if len(summaries) <= CENTRE_CHUNKS:
+            return
         graph = self.graphs.get((row, group))
         if graph is None:
             graph = self.faiss.IndexHNSWFlat(summaries.shape[-1], NEIGHBOURS, self.faiss.METRIC_INNER_PRODUCT)
             self.graphs[row, group] = graph
-        graph.add(summaries[graph.ntotal :].detach().float().cpu().numpy())
+        fresh = summaries[CENTRE_CHUNKS + graph.ntotal :].double() - summaries[:CENTRE_CHUNKS].double().mean(0)
+        graph.add(fresh.detach().float().cpu().numpy())
 
     def ask(self, row: int, group: int, queries: Tensor, count: int, wanted: int) -> Tensor:
-        if not count:
-            return torch.full((len(queries), wanted), -1)
-        allowed = self.faiss.IDSelectorRange(0, count)
+        first = torch.arange(CENTRE_CHUNKS).expand(len(queries), -1)
+        if count <= CENTRE_CHUNKS:
+            return torch.cat([first, torch.full((len(queries), wanted), -1)], dim=1)
+        allowed = self.faiss.IDSelectorRange(0, count - CENTRE_CHUNKS)
         limits = self.faiss.SearchParametersHNSW(sel=allowed, efSearch=wanted)
         self.faiss.cvar.hnsw_stats.reset()
         _, chunks = self.graphs[row, group].search(queries.detach().float().cpu().numpy(), wanted, params=limits)
         self.compared += self.faiss.cvar.hnsw_stats.ndis
-        return torch.from_numpy(chunks)
+        proposed = torch.from_numpy(chunks)
+        return torch.cat([first, proposed.where(proposed < 0, proposed + CENTRE_CHUNKS)], dim=1)
