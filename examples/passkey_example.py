@@ -1,33 +1,35 @@
 """Train a small model to find a passkey in 1,024 tokens at most, and save it for `mka eval needle` at any length.
 
 python examples/passkey_example.py
-python examples/passkey_example.py --start_from runs/passkey/mka-w64-seed0 --max_steps 1500 --learning_rate 1e-3
 python examples/passkey_example.py --attention_type mha --local_window None
+python examples/passkey_example.py --surroundings stdlib --output_dir runs/passkey-stdlib
 
-The text around the key is Python's standard library (train split), in a BPE of 1,024; `mka eval needle` takes its
-test split.
+Around the key stand the same few sentences, over and over, or Python's standard library (train split; `mka eval needle
+--surroundings stdlib` takes its test split). The tokens are a BPE of 1,024 either way.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 from transformers.utils import logging
 
 from mka.data import load_corpus, prepare_tokens
-from mka.data.needle import PasskeyTask
+from mka.data.needle import FILLER, PasskeyTask
 from mka.data.recall import RecallBatch
 from mka.models import build_model
 from mka.training import answers_right, train_on_answers
 
-HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 128, 4, 2
+HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 128, 2, 2
 LENGTHS, TOKENS_A_STEP = (96, 128, 256, 512, 1024), 4096
 LOOKS = (128, 512, 2048)
-GOES_ON = 2**32
-"""Steps of a model that goes on are numbered from here."""
-MEMORIES: dict[str, Any] = {"chunk_size": 32, "top_k": 4}
+HELD_OUT = 2**32
+"""Seeds from here on are not trained on."""
+MEMORIES: dict[str, Any] = {"chunk_size": 16, "top_k": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +42,10 @@ class Example:
     """Tokens of the window; None: the whole past."""
     longterm_positions: str = "clamped"
     """Of mka: clamped, or none."""
-    max_steps: int = 2500
+    surroundings: Literal["filler", "stdlib"] = "filler"
+    """What stands around the key."""
+    max_steps: int = 1500
     """Optimiser steps of 4,096 tokens."""
-    learning_rate: float = 3e-3
-    """Its peak."""
-    start_from: str | None = None
-    """Folder of a model that this example has trained: goes on with its weights, on all lengths and other prompts."""
     seed: int = 0
     """Of the weights and the prompts."""
     output_dir: str = "runs/passkey"
@@ -57,8 +57,13 @@ def main(example: Example) -> None:
     torch.manual_seed(example.seed)
     corpus = prepare_tokens(load_corpus("stdlib"), "bpe", vocab_size=1024)
     tokenizer = corpus.tokenizer
+
+    def encode(text: str) -> Sequence[int]:
+        return tokenizer.encode_batch([text])[0]
+
+    filler = np.asarray(encode(FILLER)) if example.surroundings == "filler" else None
     tasks = {
-        name: PasskeyTask(corpus.splits[name].ids, lambda text: tokenizer.encode_batch([text])[0])
+        name: PasskeyTask(corpus.splits[name].ids if filler is None else filler, encode)
         for name in ("train", "validation")
     }
     config = LlamaConfig(
@@ -78,25 +83,20 @@ def main(example: Example) -> None:
     options = {"local_window": example.local_window} | (MEMORIES if "mka" in kind else {})
     options |= {"longterm_positions": example.longterm_positions} if kind == "mka" else {}
     model = build_model(config, kind, example.seed, **options)
-    if example.start_from is not None:
-        model.load_state_dict(AutoModelForCausalLM.from_pretrained(example.start_from).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
     def batch_at(step: int) -> RecallBatch:
         """Lengths open one after the other over the first 60 % of the steps; every second step has the longest."""
-        opened = len(LENGTHS)
-        if example.start_from is None:
-            opened = min(opened, 1 + int(opened * step / (0.6 * example.max_steps)))
+        opened = min(len(LENGTHS), 1 + int(len(LENGTHS) * step / (0.6 * example.max_steps)))
         length = LENGTHS[step % opened if step % 2 else opened - 1]
-        first = 0 if example.start_from is None else GOES_ON
-        return tasks["train"].batch(length, TOKENS_A_STEP // length, (example.seed, first + step))
+        return tasks["train"].batch(length, TOKENS_A_STEP // length, (example.seed, step))
 
     def look() -> str:
         """The share of the answers' tokens that are right, by length."""
-        held_out = ((length, tasks["validation"].batch(length, 16, (example.seed, length))) for length in LOOKS)
+        held_out = ((length, tasks["validation"].batch(length, 16, (example.seed + HELD_OUT, length))) for length in LOOKS)
         return ", ".join(f"{length}: {answers_right(model, batch):.3f}" for length, batch in held_out)
 
-    train_on_answers(model, batch_at, example.max_steps, example.learning_rate, look)
+    train_on_answers(model, batch_at, example.max_steps, 3e-3, look)
     window = "" if example.local_window is None else f"-w{example.local_window}"
     window += "-unplaced" if example.longterm_positions == "none" else ""
     folder = f"{example.output_dir}/{kind}{window}-seed{example.seed}"

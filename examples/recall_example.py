@@ -3,8 +3,8 @@
 python examples/recall_example.py
 python examples/recall_example.py --attention_type mha --local_window 16
 
-Rows of 16 to 64 tokens that are full of pairs and questions teach the lookup; the last third of the training has the
-shapes that are evaluated: 64/4, 128/8 and 256/16.
+Rows of 16 to 64 tokens that are full of pairs and questions teach the lookup; after two fifths of the training come the
+shapes that are evaluated, 64/4, 128/8 and 256/16, whose empty chunks have to be passed over.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Example:
     """mha, mka, fmka ..."""
     local_window: int | None = 16
     """Tokens of the window; None: the whole past."""
-    max_steps: int = 4500
+    max_steps: int = 6000
     """Optimiser steps of 2,048 tokens."""
     seed: int = 0
     """Of the weights and the rows."""
@@ -61,7 +61,7 @@ def main(example: Example) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
     def batch_at(step: int) -> RecallBatch:
-        tokens, pairs = (FULL if 3 * step < 2 * example.max_steps else SHAPES)[step % 3]
+        tokens, pairs = (FULL if 5 * step < 2 * example.max_steps else SHAPES)[step % 3]
         return recall_batch(tokens, pairs, TOKENS_A_STEP // tokens, (example.seed, step), VOCAB_SIZE)
 
     def look() -> str:

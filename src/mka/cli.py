@@ -6,8 +6,9 @@
     mka chat ...       talk with one; it reads each turn once
     mka memory ...     banks of documents that a model has read: add, list, verify, remove
     mka eval ...       what a saved model can recall: needle, recall
+    mka audit ...      whether an attention module leaks
 
-Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged or lost a rank; 130 after Ctrl-C, 143
+Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged or lost a rank, or a leak; 130 after Ctrl-C, 143
 after SIGTERM. Of several ranks the first one prints; each machine's first says what was wrong with its command.
 """
 
@@ -29,6 +30,9 @@ import tyro
 from rich.console import Console
 
 from mka.commands import (
+    AuditConfig,
+    AuditModuleConfig,
+    AuditOriginalConfig,
     ChatConfig,
     EvalConfig,
     GenerateConfig,
@@ -60,6 +64,8 @@ OTHER_COMMANDS: dict[str, Any] = {
     "memory remove": MemoryRemoveConfig,
     "eval needle": NeedleConfig,
     "eval recall": RecallConfig,
+    "audit original": AuditOriginalConfig,
+    "audit module": AuditModuleConfig,
 }
 Command = (
     Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")]
@@ -68,6 +74,7 @@ Command = (
     | Annotated[ChatConfig, tyro.conf.subcommand("chat")]
     | Annotated[MemoryConfig, tyro.conf.subcommand("memory")]
     | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+    | Annotated[AuditConfig, tyro.conf.subcommand("audit")]
 )
 
 
@@ -221,6 +228,19 @@ def run_eval(config: NeedleConfig | RecallConfig) -> int:
     return 0
 
 
+def run_audit_original(config: AuditOriginalConfig) -> int:
+    from mka.experiments import audit_original
+
+    audit_original(config, say=print)
+    return 0
+
+
+def run_audit_module(config: AuditModuleConfig) -> int:
+    from mka.evaluation import audit_module
+
+    return 0 if audit_module(config, say=print) else 1
+
+
 def next_turn() -> str | None:
     """A line of the input, None at its end."""
     try:
@@ -264,6 +284,8 @@ RUN: dict[type, Callable[[Any], int]] = {
     MemoryRemoveConfig: run_memory_remove,
     NeedleConfig: run_eval,
     RecallConfig: run_eval,
+    AuditOriginalConfig: run_audit_original,
+    AuditModuleConfig: run_audit_module,
 }
 
 

@@ -1,6 +1,7 @@
-"""Perplexity and bits per byte on held-out text; what a model finds again in a long one."""
+"""Perplexity and bits per byte on held-out text; what a model finds again in a long one; what a module leaks."""
 
+from mka.evaluation.leaks import audit_module
 from mka.evaluation.perplexity import HeldOutLoss, held_out_loss
 from mka.evaluation.recall import Score, score
 
-__all__ = ["HeldOutLoss", "Score", "held_out_loss", "score"]
+__all__ = ["HeldOutLoss", "Score", "audit_module", "held_out_loss", "score"]

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from mka.commands import NeedleConfig, RecallConfig
 from mka.config import InputError, LongTermConfig
 from mka.data import load_corpus
-from mka.data.needle import Passkey, PasskeyTask
+from mka.data.needle import FILLER, Passkey, PasskeyTask
 from mka.data.recall import NOT_ASKED, RecallBatch, recall_batch
 from mka.data.tokenizer import TextTokenizer, with_end_of_text
 from mka.loading import load, load_model
@@ -101,17 +101,19 @@ def needle_scores(config: NeedleConfig) -> Iterator[Score]:
 
 
 def text_around(tokenizer: TextTokenizer, config: NeedleConfig) -> Any:
-    """Tokens of the corpus's test split, as many as are wanted at once."""
-    dataset = "text" if config.text_path else "stdlib"
-    splits = load_corpus(dataset, config.text_path).documents
-    documents = [text for split in (splits.values() if config.text_path else (splits["test"],)) for _, text in split]
+    """Tokens of the surroundings, as many as are wanted at once."""
+    documents = [FILLER]
+    if config.surroundings != "filler":
+        splits = load_corpus(config.surroundings, config.text_path).documents
+        wanted = [splits["test"]] if config.surroundings == "stdlib" else splits.values()
+        documents = [text for split in wanted for _, text in split]
     ids: list[int] = []
     for text in documents:
         ids += tokenizer.encode_batch([text])[0]
         if len(ids) > TEXT_TOKENS:
             break
     if not ids:
-        raise InputError(f"text_path is {config.text_path}; it holds no token")
+        raise InputError(f"text_path is {' '.join(config.text_path)!r}; it holds no token")
     return torch.tensor(ids).numpy()
 
 
