@@ -2,8 +2,8 @@
 
     python benchmarks/gathering.py
 
-8 heads of 64, 2 key/value heads, c = 64, K = 4, chunks chosen at random, no gradients, float32; both forms take turns in
-one process. A line of JSON a size: medians, and whether `attend_chunks` gathers there.
+8 heads of 64, 2 key/value heads, c = 64, K = 4, chunks chosen at random, no gradients, float32; both forms take turns
+in one process. A line of JSON a size: medians, and whether `attend_chunks` gathers there.
 """
 
 import json

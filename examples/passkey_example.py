@@ -93,7 +93,9 @@ def main(example: Example) -> None:
 
     def look() -> str:
         """The share of the answers' tokens that are right, by length."""
-        held_out = ((length, tasks["validation"].batch(length, 16, (example.seed + HELD_OUT, length))) for length in LOOKS)
+        held_out = (
+            (length, tasks["validation"].batch(length, 16, (example.seed + HELD_OUT, length))) for length in LOOKS
+        )
         return ", ".join(f"{length}: {answers_right(model, batch):.3f}" for length, batch in held_out)
 
     train_on_answers(model, batch_at, example.max_steps, 3e-3, look)

@@ -5,11 +5,12 @@
     mka generate ...   continue a text with a saved model
     mka chat ...       talk with one; it reads each turn once
     mka memory ...     banks of documents that a model has read: add, list, verify, remove
-    mka eval ...       what a saved model can recall: needle, recall
+    mka eval ...       what a saved model can do: perplexity, needle, recall
     mka audit ...      whether an attention module leaks
 
-Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged or lost a rank, or a leak; 130 after Ctrl-C, 143
-after SIGTERM. Of several ranks the first one prints; each machine's first says what was wrong with its command.
+Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged or lost a rank, or a leak; 130 after
+Ctrl-C, 143 after SIGTERM. Of several ranks the first one prints; each machine's first says what was wrong with its
+command.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ from mka.commands import (
     MemoryRemoveConfig,
     MemoryVerifyConfig,
     NeedleConfig,
+    PerplexityConfig,
     RecallConfig,
     ReportConfig,
 )
@@ -62,6 +64,7 @@ OTHER_COMMANDS: dict[str, Any] = {
     "memory list": MemoryListConfig,
     "memory verify": MemoryVerifyConfig,
     "memory remove": MemoryRemoveConfig,
+    "eval perplexity": PerplexityConfig,
     "eval needle": NeedleConfig,
     "eval recall": RecallConfig,
     "audit original": AuditOriginalConfig,
@@ -228,6 +231,13 @@ def run_eval(config: NeedleConfig | RecallConfig) -> int:
     return 0
 
 
+def run_perplexity(config: PerplexityConfig) -> int:
+    from mka.evaluation import score_text
+
+    score_text(config, say=print)
+    return 0
+
+
 def run_audit_original(config: AuditOriginalConfig) -> int:
     from mka.experiments import audit_original
 
@@ -282,6 +292,7 @@ RUN: dict[type, Callable[[Any], int]] = {
     MemoryListConfig: run_memory_list,
     MemoryVerifyConfig: run_memory_verify,
     MemoryRemoveConfig: run_memory_remove,
+    PerplexityConfig: run_perplexity,
     NeedleConfig: run_eval,
     RecallConfig: run_eval,
     AuditOriginalConfig: run_audit_original,

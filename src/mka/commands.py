@@ -146,8 +146,8 @@ class NeedleConfig(ScoreConfig):
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Where the number is said: 0 at the beginning, 1 right before the question."""
     surroundings: Literal["filler", "stdlib", "text"] = "filler"
-    """What stands around the number: the same few sentences over and over, Python's standard library (its test split), or
-    text_path."""
+    """What stands around the number: the same few sentences over and over, Python's standard library (its test split),
+    or text_path."""
     text_path: tuple[str, ...] = ()
     """Files or folders, with --surroundings text."""
     piece: int = 4096
@@ -188,18 +188,49 @@ class RecallConfig(ScoreConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PerplexityConfig:
+    """Perplexity per token and per word and bits per byte of whole documents, with 95 % intervals over documents."""
+
+    model: str
+    """Folder of a saved model, or a name on the hub; any causal model of transformers."""
+    dataset: str = "stdlib"
+    """stdlib, wikitext2, wikitext103, or text: the files of text_path."""
+    text_path: tuple[str, ...] = ()
+    """Files or folders, with --dataset text."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Which part of it."""
+    max_length: int | None = None
+    """Tokens of a window; None: as many as the model was made for."""
+    stride: int | None = None
+    """Tokens that each window after the first predicts; None: all of them (disjoint windows)."""
+    max_tokens: int | None = 65536
+    """Documents are taken in order until so many tokens are scored; None: all of them."""
+    batch_size: int = 4
+    """Windows of a document scored at once."""
+    baseline: str | None = None
+    """Another model: the difference on the same documents, and whether they can be told apart."""
+    output: str | None = None
+    """Also write all of it to this file, as JSON."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "stride", "max_tokens", "batch_size"):
+            check_at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """What a saved model can do."""
 
     task: (
-        Annotated[NeedleConfig, tyro.conf.subcommand("needle")]
+        Annotated[PerplexityConfig, tyro.conf.subcommand("perplexity")]
+        | Annotated[NeedleConfig, tyro.conf.subcommand("needle")]
         | Annotated[RecallConfig, tyro.conf.subcommand("recall")]
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditModuleConfig:
-    """Whether a PyTorch attention module leaks: from the future, from padding, from other rows; and decodes as it reads.
+    """Whether a PyTorch attention module leaks from the future, padding or other rows, and decodes as it reads.
 
     Exit status 1 on a leak.
     """

@@ -20,7 +20,8 @@ LEAKY = "leaky_modules"
 def leaky_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Path(__file__).parents[1] / "evaluation" / "leaky_modules.py"
     spec = importlib.util.spec_from_file_location(LEAKY, place)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setitem(sys.modules, LEAKY, module)

@@ -34,7 +34,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 def test_needle(kind: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "needle.jsonl"
     command = ["eval", "needle", "--model", saved / kind, "--lengths", 250, 300, "--depths", 0, 0.5]
-    command += ["--samples", 2, "--text_path", saved / "text.txt", "--output", output, "--piece", 64]
+    command += [
+        "--samples",
+        2,
+        "--surroundings",
+        "text",
+        "--text_path",
+        saved / "text.txt",
+        "--output",
+        output,
+        "--piece",
+        64,
+    ]
     status, out, _ = run(capsys, *command)
     assert status == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -102,7 +113,9 @@ BAD = {
     "eval needle --model MKA --depths 2": "depths holds 2.0; each must be between 0 and 1",
     "eval needle --model MKA --samples 0": "samples is 0; it must be at least 1",
     "eval needle --model none": "model is 'none'",
-    "eval needle --model MKA --text_path none.txt": "none.txt' does not exist",
+    "eval needle --model MKA --surroundings text --text_path none.txt": "none.txt' does not exist",
+    "eval needle --model MKA --text_path none.txt": "surroundings is 'filler' and text_path is 'none.txt'",
+    "eval needle --model MKA --surroundings text": "surroundings is 'text' and text_path is None",
     "eval needle --model MHA --longterm_store disk": "retrieves nothing",
     "eval recall --model MKA --shapes 64-4": "shapes holds '64-4'; give tokens/pairs, such as 64/4",
     "eval recall --model MKA --shapes 8/4": "num_tokens is 8; it must be at least 16",

@@ -69,10 +69,11 @@ def test_the_key_stands_at_its_depth_and_is_the_answer(task: Any, length: int, d
     passkey = passkeys.prompt(length, depth, (0, length))
     assert len(passkey.prompt) == length
     text, key = tokenizer.decode(passkey.prompt.tolist()), tokenizer.decode(passkey.answer.tolist()).strip()
-    assert len(key.split()) == DIGITS
+    assert len(passkey.answer) == DIGITS == len(set(key))
+    assert key.isdecimal()
     told = f"The pass key is {key}. Remember it."
     assert text.count(told) == 1
-    assert text.endswith("What is the pass key? The pass key is")
+    assert text.endswith("What is the pass key? The pass key is ")
     before, after = len(text.split(told)[0]), len(text.split(told)[1])
     assert abs(before / (before + after) - depth) < 0.02 + 120 / (before + after)
 

@@ -122,3 +122,17 @@ def test_scores_are_float32_under_bfloat16_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         retrieved = retrieve(torch.ones(1, 4, 1, 1), summaries, chunk_size=2, window=0, top_k=1)
     assert retrieved.chunk[0, -1, 0, 0] == 1
+
+
+@pytest.mark.parametrize("chunks", [1, 31, 32, 33, 64, 129, 160, 1000])
+@pytest.mark.parametrize("top_k", [1, 4, 7])
+def test_best_of_runs_of_neighbours(chunks: int, top_k: int) -> None:
+    """Six different scores: nearly all are ties."""
+    generator = torch.Generator().manual_seed(chunks)
+    scores = torch.randint(0, 6, (3, 7, chunks), generator=generator).float()
+    scores[scores == 0] = -torch.inf
+    by_hand = torch.sort(scores, dim=-1, descending=True, stable=True)
+    best, place = longterm.top_by_place(scores.clone(), top_k)
+    assert torch.equal(best, by_hand.values[..., :top_k])
+    found = best > -torch.inf
+    assert torch.equal(place[found], by_hand.indices[..., :top_k][found])

@@ -55,7 +55,9 @@ def test_lsh_finds_what_is_alike() -> None:
 def test_no_chunk_beyond_the_candidates() -> None:
     queries, summaries, candidates = case()
     for reranked in (3, 7, 40):
-        chunk, found = retrieve_lsh(queries, summaries, sign_codes(summaries, summaries), candidates, 3, reranked=reranked)
+        chunk, found = retrieve_lsh(
+            queries, summaries, sign_codes(summaries, summaries), candidates, 3, reranked=reranked
+        )
         assert (chunk < candidates[..., None, None]).logical_or(~found).all()
         assert torch.equal(found.sum(-1), candidates.clamp(max=3)[..., None].expand(2, -1, 2))
 
@@ -111,6 +113,13 @@ def test_faiss_finds_what_exact_finds_among_few() -> None:
     exact = retrieve(queries, summaries, **LIMITS)
     assert torch.equal(found.chunk, exact.chunk)
     assert torch.equal(found.found, exact.found)
+
+
+def test_faiss_with_fewer_chunks_than_its_centre_takes() -> None:
+    queries, summaries, candidates = case(11, 36)
+    found = FaissIndex().retrieve(queries, summaries, candidates, 3)
+    exact = retrieve(queries, summaries, **LIMITS)
+    assert torch.equal(found.chunk, exact.chunk)
 
 
 def test_without_faiss_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,9 @@ def codes_of_other_projections(patch: pytest.MonkeyPatch) -> None:
     """Codes that differ from call to call."""
     draws = torch.Generator().manual_seed(1)
     patch.setattr(
-        search, "projection", lambda width, bits: torch.randn(width, bits, generator=draws, dtype=torch.float64)
+        search,
+        "projection",
+        lambda width: torch.randn(width, 8 * (search.code_bytes(width) - 1), generator=draws, dtype=torch.float64),
     )
 
 

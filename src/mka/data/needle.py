@@ -4,8 +4,8 @@
                 depth 0 .. 1                                      question                                answer
 
 The digits differ and are encoded one by one, so that a model that finds them can copy them by what stood before each:
-finding is what is measured. The text around begins at a place that the seed draws, and again where it is too short: a few
-sentences said over and over, as in the paper (nothing in them looks like the key), or a corpus's own (much does).
+finding is what is measured. The text around begins at a place that the seed draws, and again where it is too short: a
+few sentences said over and over, as in the paper (nothing in them looks like the key), or a corpus's own (much does).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,14 @@ from mka.config import InputError
 from mka.data.recall import NOT_ASKED, RecallBatch
 
 DIGITS = 5
-TOLD, QUESTION = ("\nThe pass key is ", ". Remember it. ", " is the pass key.\n"), "\nWhat is the pass key? The pass key is "
+TOLD, QUESTION = (
+    ("\nThe pass key is ", ". Remember it. ", " is the pass key.\n"),
+    "\nWhat is the pass key? The pass key is ",
+)
 
-FILLER = "The road is long. The hill is steep and the wind is cold. We walk on, and the day goes by. Then we come back. "
+FILLER = (
+    "The road is long. The hill is steep and the wind is cold. We walk on, and the day goes by. Then we come back. "
+)
 """Said over and over."""
 
 

@@ -1,8 +1,8 @@
 """Any PyTorch attention module as one function of its input: found by name, built and called by its own signature.
 
-    y = module(x)                         y: (B, T, C), or a tuple that begins with it
-    y = module(x, <mask>=...)             valid or attention_mask (true: a token), key_padding_mask (true: padding)
-    y, state = module(x, state=state)     starting from module.initial_state(B): it decodes with a cache
+y = module(x)                         y: (B, T, C), or a tuple that begins with it
+y = module(x, <mask>=...)             valid or attention_mask (true: a token), key_padding_mask (true: padding)
+y, state = module(x, state=state)     starting from module.initial_state(B): it decodes with a cache
 """
 
 import importlib
@@ -60,6 +60,10 @@ class ForeignModule:
     @property
     def has_state(self) -> bool:
         return "state" in self.parameters() and hasattr(self.module, "initial_state")
+
+    def initial_state(self, rows: int) -> Any:
+        make: Any = self.module.initial_state
+        return make(rows)
 
     def __call__(self, x: Tensor, valid: Tensor | None = None, **more: Any) -> Tensor:
         """(B, T, C) -> (B, T, C). Raises InputError where the module fails or gives something else."""

@@ -1,14 +1,14 @@
-"""Whether an attention module keeps to the past, to its own row and to its tokens: nothing but its outputs is looked at.
+"""Whether an attention module keeps to the past, to its own row and to its tokens, as its outputs show.
 
-    gradient    d y_t / d x_s = 0 for every s > t
-    future      other finite values after t, huge ones included, leave y_t as it is (a detached average has no gradient, a
-                mask of -1e9 is not always enough)
-    NaN         NaN after t leaves y_t finite; where it does not, something is masked by a product (0 * NaN = NaN), as in
-                most attentions: noted, but no leak as long as no finite value comes through
-    prefix      the first t tokens alone give the same y_1 .. y_t (statistics of the whole row, its length)
-    padding     what stands at padding leaves the tokens' outputs as they are
-    batch       a row alone gives what it gives beside others
-    decoding    token by token, with the module's own state, gives what one call gives
+gradient    d y_t / d x_s = 0 for every s > t
+future      other finite values after t, huge ones included, leave y_t as it is (a detached average has no gradient, a
+            mask of -1e9 is not always enough)
+NaN         NaN after t leaves y_t finite; where it does not, something is masked by a product (0 * NaN = NaN), as in
+            most attentions: noted, but no leak as long as no finite value comes through
+prefix      the first t tokens alone give the same y_1 .. y_t (statistics of the whole row, its length)
+padding     what stands at padding leaves the tokens' outputs as they are
+batch       a row alone gives what it gives beside others
+decoding    token by token, with the module's own state, gives what one call gives
 """
 
 import math
@@ -198,7 +198,7 @@ def decoding(module: ForeignModule, x: Tensor, y: Tensor) -> Finding:
         return Finding("decoding", "n/a", reason="no initial_state and forward(..., state=...)")
     worst = Worst()
     for piece in (1, 3):
-        state = module.module.initial_state(len(x))
+        state = module.initial_state(len(x))
         for start in range(0, x.shape[1], piece):
             part, state = module.with_state(x[:, start : start + piece], state=state)
             moved = difference(part, y[:, start : start + piece]).amax(0)

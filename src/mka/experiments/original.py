@@ -5,8 +5,8 @@
     padding scored        a row is a paragraph filled up to the block's length; the padding is predicted and counted
     evaluated on train    on the rows that it was trained on
 
-A "perplexity" under any of them is none: it is printed to show where such figures come from. On independent uniform random
-tokens there is nothing to learn, so a loss below ln V is a leak, whatever the model.
+A "perplexity" under any of them is none: it is printed to show where such figures come from. On independent uniform
+random tokens there is nothing to learn, so a loss below ln V is a leak, whatever the model.
 """
 
 import json
@@ -80,7 +80,7 @@ def audit_original(config: AuditOriginalConfig, say: Callable[[str], None]) -> N
     tokenizer = prepare_tokens(corpus, "bpe", vocab_size=VOCAB_SIZE).tokenizer
     data = {split: paragraphs(corpus, split, tokenizer) for split in ("train", "validation")}
     say("")
-    say(f"{config.dataset}, {config.sequence_length} tokens a row: what each defect of the original's protocol does alone")
+    say(f"{config.dataset}, {config.sequence_length} tokens a row: the original's defects one by one")
     say(HEADER)
     for protocol in ON_TEXT:
         note(config.dataset, protocol, on_text(protocol, config, data, tokenizer.eos_id))
@@ -95,9 +95,7 @@ def on_uniform(protocol: Protocol, config: AuditOriginalConfig) -> float:
     return mean_loss(model, [rows(HELD_OUT + number) for number in range(HELD_OUT_ROWS // UNIFORM_ROWS)])
 
 
-def on_text(
-    protocol: Protocol, config: AuditOriginalConfig, data: dict[str, list[np.ndarray]], padding: int
-) -> float:
+def on_text(protocol: Protocol, config: AuditOriginalConfig, data: dict[str, list[np.ndarray]], padding: int) -> float:
     length = config.sequence_length
     rows = {split: (padded if protocol.padding_scored else packed)(data[split], length, padding) for split in data}
 

@@ -26,6 +26,8 @@ INDEX_STORES = ("chunk_mean", "index_key")
 """Stores of a state that hold an entry for each chunk: what chunks are found by, and of fmka what is read."""
 QUERY_TILE, SUMMARY_TILE = 512, 4096
 """Queries and summaries scored at once: the scores take no more than that of each group, whatever T is."""
+RUN = 32
+"""Scores of neighbours that are compared at once, by their largest."""
 TILE_BYTES = 2**27
 """Records fetched at once for the queries of a tile take at most about this much."""
 GATHERED_PAIRS, GATHERED_PAIRS_PER_CHUNK = 64, 2
@@ -121,10 +123,12 @@ def best_chunks(queries: Tensor, summaries: Tensor, candidates: Tensor, top_k: i
     """
     score = queries.new_full((*queries.shape[:3], top_k), -torch.inf)
     chunk = torch.zeros_like(score, dtype=torch.long)
+    sure = 0 if candidates.is_cuda else int(candidates.min())  # asking a GPU would wait for it
     for start in range(0, summaries.shape[3], SUMMARY_TILE):
         scores = queries @ summaries[..., start : start + SUMMARY_TILE]
-        column = torch.arange(start, start + scores.shape[3], device=scores.device)
-        scores.masked_fill_(column >= candidates[..., None], -torch.inf)
+        unsure = scores[..., max(0, sure - start) :]
+        column = torch.arange(start + scores.shape[3] - unsure.shape[3], start + scores.shape[3], device=scores.device)
+        unsure.masked_fill_(column >= candidates[..., None], -torch.inf)
         best, place = top_by_place(scores, top_k)
         found = [(score, chunk), (best, place + start)] if start else [(best, place)]
         merged, places = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
@@ -139,8 +143,25 @@ def best_chunks(queries: Tensor, summaries: Tensor, candidates: Tensor, top_k: i
 def top_by_place(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The K largest of scores (..., J), fewer where J is smaller, and their places, best first; the first wins a tie.
 
-    `scores` is spent.
+    `scores` is spent. Where J is large they are looked for in K runs of neighbours: those whose largest score is
+    highest, the earlier of equal ones first. Each of those has an entry that goes before all entries of any other run.
     """
+    runs = scores.shape[-1] // RUN
+    if runs <= top_k:
+        return largest(scores, top_k)
+    within = scores[..., : runs * RUN].unflatten(-1, (runs, RUN))
+    _, run = largest(within.amax(-1), top_k)
+    run = run.sort(-1).values
+    neighbours = torch.arange(RUN, device=scores.device)
+    places = (run.unsqueeze(-1) * RUN + neighbours).flatten(-2)
+    rest = torch.arange(runs * RUN, scores.shape[-1], device=scores.device)
+    places = torch.cat([places, rest.expand(*places.shape[:-1], -1)], dim=-1)
+    best, found = largest(scores.gather(-1, places), top_k)
+    return best, places.gather(-1, found)
+
+
+def largest(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`top_by_place` by one pass for each of the K."""
     found = []
     for _ in range(min(top_k, scores.shape[-1])):
         best, place = scores.max(-1, keepdim=True)

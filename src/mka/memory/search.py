@@ -9,9 +9,9 @@ All three compare before any rotary embedding, in float32 or better, and the ear
 
 Keys of trained models lie in a narrow cone, so signs of the keys themselves hardly differ, nor do their neighbours in a
 graph by inner products: both are about a centre.
-A centre takes the same from every chunk's score and so changes no order, as long as it does not change itself; that is why
-it is the mean of the first chunks, which are always re-ranked and need no code. The query keeps its numbers (only what
-is stored must be small), and a byte holds the length that signs do not see.
+A centre takes the same from every chunk's score and so changes no order, as long as it does not change itself; that is
+why it is the mean of the first chunks, which are always re-ranked and need no code. The query keeps its numbers (only
+what is stored must be small), and a byte holds the length that signs do not see.
 """
 
 import importlib
@@ -203,7 +203,8 @@ class FaissIndex:
         graph.add(fresh.detach().float().cpu().numpy())
 
     def ask(self, row: int, group: int, queries: Tensor, count: int, wanted: int) -> Tensor:
-        first = torch.arange(CENTRE_CHUNKS).expand(len(queries), -1)
+        first = torch.arange(CENTRE_CHUNKS)
+        first = first.where(first < count, -1).expand(len(queries), -1)
         if count <= CENTRE_CHUNKS:
             return torch.cat([first, torch.full((len(queries), wanted), -1)], dim=1)
         allowed = self.faiss.IDSelectorRange(0, count - CENTRE_CHUNKS)

@@ -1,0 +1,54 @@
+"""Intervals against what is known of normal numbers, and the verdicts drawn from them."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mka.evaluation.statistics import Estimate, ratio, verdict
+
+
+def test_the_interval_of_a_mean() -> None:
+    """Of 400 numbers with deviation 2: the mean, 1.96 * 2 / 20 to both sides."""
+    x = np.random.default_rng(0).standard_normal(400)
+    x = 5 + 2 * (x - x.mean()) / x.std()
+    value, low, high = ratio(x, np.ones(400))
+    assert value == pytest.approx(5)
+    assert low == pytest.approx(5 - 0.196, abs=0.01)
+    assert high == pytest.approx(5 + 0.196, abs=0.01)
+
+
+def test_nineteen_intervals_of_twenty_hold_the_truth() -> None:
+    draws = np.random.default_rng(1).standard_normal((300, 50))
+    held = [low <= 0 <= high for _, low, high in (ratio(x, np.ones(50), seed) for seed, x in enumerate(draws))]
+    assert 0.90 < np.mean(held) < 0.98
+
+
+def test_a_ratio_weighs_documents_by_their_size() -> None:
+    assert ratio(np.array([10.0, 2.0]), np.array([10, 1])).value == pytest.approx(12 / 11)
+
+
+def test_the_same_numbers_give_the_same_interval() -> None:
+    x = np.random.default_rng(2).standard_normal(30)
+    assert ratio(x, np.ones(30)) == ratio(x, np.ones(30))
+
+
+def test_one_document_has_no_interval() -> None:
+    value, low, high = ratio(np.array([3.0]), np.array([2.0]))
+    assert value == 1.5
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (-2.0, -1.0, "better"),
+        (1.0, 2.0, "worse"),
+        (-1.0, 1.0, "not distinguishable"),
+        (0.0, 1.0, "not distinguishable"),
+        (float("nan"), float("nan"), "not distinguishable"),
+    ],
+)
+def test_verdicts(low: float, high: float, word: str) -> None:
+    assert verdict(Estimate(0.0, low, high)) == word
