@@ -134,7 +134,8 @@ def test_without_faiss_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["mka", "fmka"])
 def test_a_state_searched_by_codes_that_probe_few(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few are re-ranked: not what the exact search finds, but the same in one call as token by token."""
-    monkeypatch.setattr(search, "RERANKED_LEAST", 1)
+    monkeypatch.setattr(search, "CENTRE_CHUNKS", 2)
+    monkeypatch.setattr(search, "RERANKED_LEAST", 2)
     attn, x = checks.make(kind), checks.rows(2, 60)
     longterm = LongTerm.of(LongTermConfig(longterm_search="lsh"))
     with torch.no_grad():

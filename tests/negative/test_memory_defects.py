@@ -154,7 +154,8 @@ DEFECTS: list[tuple[Plant, tuple[str, ...], Callable[[Any], None]]] = [
 def test_the_memory_turns_red(
     plant: Plant, kind: str, check: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "RERANKED_LEAST", 1)
+    monkeypatch.setattr(search, "CENTRE_CHUNKS", 2)
+    monkeypatch.setattr(search, "RERANKED_LEAST", 2)
     attn = checks.make(kind)
     check(attn)
     plant(monkeypatch)
