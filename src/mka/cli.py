@@ -5,7 +5,7 @@
     mka generate ...   continue a text with a saved model
     mka chat ...       talk with one; it reads each turn once
     mka memory ...     banks of documents that a model has read: add, list, verify, remove
-    mka eval ...       what a saved model can do: perplexity, needle, recall
+    mka eval ...       what a saved model can do: perplexity, router, needle, recall
     mka audit ...      whether an attention module leaks
 
 Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged or lost a rank, or a leak; 130 after
@@ -46,6 +46,7 @@ from mka.commands import (
     PerplexityConfig,
     RecallConfig,
     ReportConfig,
+    RouterConfig,
 )
 from mka.config import BenchmarkConfig, InputError
 from mka.report import console_table, result_lines, summarise, write_report
@@ -65,6 +66,7 @@ OTHER_COMMANDS: dict[str, Any] = {
     "memory verify": MemoryVerifyConfig,
     "memory remove": MemoryRemoveConfig,
     "eval perplexity": PerplexityConfig,
+    "eval router": RouterConfig,
     "eval needle": NeedleConfig,
     "eval recall": RecallConfig,
     "audit original": AuditOriginalConfig,
@@ -238,6 +240,13 @@ def run_perplexity(config: PerplexityConfig) -> int:
     return 0
 
 
+def run_router(config: RouterConfig) -> int:
+    from mka.evaluation import score_router
+
+    score_router(config, say=print)
+    return 0
+
+
 def run_audit_original(config: AuditOriginalConfig) -> int:
     from mka.experiments import audit_original
 
@@ -293,6 +302,7 @@ RUN: dict[type, Callable[[Any], int]] = {
     MemoryVerifyConfig: run_memory_verify,
     MemoryRemoveConfig: run_memory_remove,
     PerplexityConfig: run_perplexity,
+    RouterConfig: run_router,
     NeedleConfig: run_eval,
     RecallConfig: run_eval,
     AuditOriginalConfig: run_audit_original,

@@ -188,8 +188,8 @@ class RecallConfig(ScoreConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityConfig:
-    """Perplexity per token and per word and bits per byte of whole documents, with 95 % intervals over documents."""
+class TextConfig:
+    """Which model reads which text."""
 
     model: str
     """Folder of a saved model, or a name on the hub; any causal model of transformers."""
@@ -199,22 +199,43 @@ class PerplexityConfig:
     """Files or folders, with --dataset text."""
     split: Literal["test", "validation", "train"] = "test"
     """Which part of it."""
+    batch_size: int = 4
+    """Windows or rows read at once."""
+    output: str | None = None
+    """Also write all of it to this file, as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig(TextConfig):
+    """Perplexity per token and per word and bits per byte of whole documents, with 95 % intervals over documents."""
+
     max_length: int | None = None
     """Tokens of a window; None: as many as the model was made for."""
     stride: int | None = None
     """Tokens that each window after the first predicts; None: all of them (disjoint windows)."""
     max_tokens: int | None = 65536
     """Documents are taken in order until so many tokens are scored; None: all of them."""
-    batch_size: int = 4
-    """Windows of a document scored at once."""
     baseline: str | None = None
     """Another model: the difference on the same documents, and whether they can be told apart."""
-    output: str | None = None
-    """Also write all of it to this file, as JSON."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "stride", "max_tokens", "batch_size"):
             check_at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(TextConfig):
+    """What the router of mka or fmka does: shares, entropy, distances, time constants, and what each level is worth."""
+
+    length: int = 512
+    """Tokens of a row."""
+    rows: int = 16
+    """Rows of text, from the beginning of the split."""
+
+    def __post_init__(self) -> None:
+        check_at_least("length", self.length, 2)
+        check_at_least("rows", self.rows, 1)
+        check_at_least("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +244,7 @@ class EvalConfig:
 
     task: (
         Annotated[PerplexityConfig, tyro.conf.subcommand("perplexity")]
+        | Annotated[RouterConfig, tyro.conf.subcommand("router")]
         | Annotated[NeedleConfig, tyro.conf.subcommand("needle")]
         | Annotated[RecallConfig, tyro.conf.subcommand("recall")]
     )

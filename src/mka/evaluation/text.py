@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mka.commands import PerplexityConfig
+from mka.commands import PerplexityConfig, TextConfig
 from mka.config import InputError
 from mka.data import load_corpus
 from mka.evaluation.statistics import Estimate, ratio, verdict
@@ -119,7 +119,7 @@ def shown(estimate: Estimate, *, signed: bool = False) -> str:
     return f"{value:>12}  ({'no interval' if math.isnan(estimate.low) else f'{low} to {high}'})"
 
 
-def chosen_documents(config: PerplexityConfig) -> list[str]:
+def chosen_documents(config: TextConfig) -> list[str]:
     splits = load_corpus(config.dataset, config.text_path).documents
     documents = [text for _, text in splits[config.split] if text.strip()]
     if not documents:
@@ -180,9 +180,14 @@ def token_losses(model: Any, stream: Tensor, parts: Sequence[Window], batch_size
 
 
 def by_position(long: np.ndarray) -> Iterator[tuple[int, int, Estimate]]:
-    """Begin and end of each range of positions (0, 64, 256, ...) and the loss there; nothing without long documents."""
-    begin, end = 0, FIRST_EDGE
-    while len(long) and begin < long.shape[1]:
-        end = min(end, long.shape[1])
+    """Each range of positions and the loss there; nothing without long documents."""
+    for begin, end in edges(long.shape[1]) if len(long) else ():
         yield begin, end, ratio(long[:, begin:end].sum(1), np.full(len(long), end - begin))
+
+
+def edges(length: int) -> Iterator[tuple[int, int]]:
+    """Ranges of positions, each four times as far as the one before: 0-64, 64-256, ..., up to `length`."""
+    begin, end = 0, FIRST_EDGE
+    while begin < length:
+        yield begin, min(end, length)
         begin, end = end, end * EDGE_GROWTH
