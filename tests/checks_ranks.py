@@ -38,6 +38,7 @@ def assert_ranks_score_every_token_once(score: ScoreOnRank, count: int, batch_si
             "a token is counted twice or not at all"
         )
         assert held.nats == pytest.approx(alone.nats, rel=TOLERANCE[torch.float32])
+        assert held.block_losses == pytest.approx(alone.block_losses, rel=TOLERANCE[torch.float32])
 
 
 def assert_first_step_is_that_of_one_rank(

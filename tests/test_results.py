@@ -20,6 +20,7 @@ def make(kind: str = "mka", seed: int = 0, **changes: Any) -> Result:
         "eval_loss": 4.5,
         "perplexity": math.exp(4.5),
         "bits_per_byte": 1.9,
+        "eval_block_losses": [4.4, 4.6],
         "train_seconds": 60.0,
         "eval_seconds": 5.0,
         "tokens_per_second": 4000.0,
@@ -99,7 +100,7 @@ def test_a_result_is_synced_before_it_is_acknowledged(tmp_path: Path, monkeypatc
         '{"schema_version": 1}',
         "[1, 2]",
         "7",
-        json.dumps({**vars(make()), "schema_version": 2}),
+        json.dumps({**vars(make()), "schema_version": 3}),
         json.dumps({**vars(make()), "surprise": 1}),
     ],
 )
@@ -107,9 +108,15 @@ def test_another_schema_is_one_line_that_says_where(tmp_path: Path, line: str) -
     append_result(tmp_path, make())
     with results_path(tmp_path).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
-    with pytest.raises(InputError, match=r"results\.jsonl line 2 is not a result of schema version 1") as error:
+    with pytest.raises(InputError, match=r"results\.jsonl line 2 is not a result of schema version 1 or 2") as error:
         read_results(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_results_of_the_first_schema_have_no_blocks(tmp_path: Path) -> None:
+    row = {name: value for name, value in vars(make()).items() if name != "eval_block_losses"} | {"schema_version": 1}
+    results_path(tmp_path).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert read_results(tmp_path) == [make(eval_block_losses=[])]
 
 
 def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:

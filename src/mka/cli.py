@@ -49,7 +49,7 @@ from mka.commands import (
     RouterConfig,
 )
 from mka.config import BenchmarkConfig, InputError
-from mka.report import console_table, result_lines, summarise, write_report
+from mka.report import console_table, differences, latest, result_lines, summarise, write_report
 from mka.results import Result, read_results, results_path
 
 TABLE_WIDTH = 110
@@ -284,10 +284,12 @@ def plain_console() -> Console:
 
 def finish(folder: Path, console: Console) -> int:
     """Write the report of a folder and print its table."""
-    written = write_report(folder)
+    written, rows = write_report(folder), read_results(folder)
     console.print()
     plain_width = None if console.is_terminal else TABLE_WIDTH
-    Console(highlight=False, width=plain_width).print(console_table(summarise(read_results(folder))))
+    Console(highlight=False, width=plain_width).print(console_table(summarise(rows)))
+    for difference in differences(latest(rows)):
+        console.print(difference.line())
     console.print(f"Results  {results_path(folder)}\nReport   {', '.join(str(path) for path in written)}")
     return 0
 

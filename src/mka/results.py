@@ -19,7 +19,7 @@ from typing import Any
 from mka.config import InputError
 from mka.storage import sync_folder, write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, WITHOUT_BLOCKS = 2, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class Result:
 
     Losses are means in nats per token; `perplexity` is exp(eval_loss), per token; memory in bytes
     (None where it could not be measured); times in seconds, evaluation never part of train_seconds.
+    `eval_block_losses` are the losses of the held-out blocks one by one, in the order of the split: what makes
+    mechanisms comparable on the same text. Results of schema version 1 have none.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -37,6 +39,7 @@ class Result:
     eval_loss: float
     perplexity: float
     bits_per_byte: float
+    eval_block_losses: list[float]
     train_seconds: float
     eval_seconds: float
     tokens_per_second: float
@@ -131,8 +134,10 @@ def read_results(folder: Path) -> list[Result]:
 
 def parse_result(row: Any, where: str) -> Result:
     names = {field.name for field in fields(Result)}
+    if isinstance(row, dict) and row.get("schema_version") == WITHOUT_BLOCKS:
+        row = {"eval_block_losses": [], **row, "schema_version": SCHEMA_VERSION}
     if not isinstance(row, dict) or row.get("schema_version") != SCHEMA_VERSION or set(row) != names:
-        raise InputError(f"{where} is not a result of schema version {SCHEMA_VERSION}")
+        raise InputError(f"{where} is not a result of schema version {WITHOUT_BLOCKS} or {SCHEMA_VERSION}")
     return Result(**row)
 
 

@@ -61,6 +61,14 @@ def test_every_rank_makes_the_same_number_of_passes(count: int, batch_size: int)
     assert all_returned(on_ranks(count, work)) == [-(-batches // count)] * count
 
 
+def test_blocks_are_those_of_the_split_in_order() -> None:
+    split, model = tiny.held_out_split(150), tiny.tiny_model()
+    held = held_out_loss(model, evaluation_batches(split, tiny.LENGTH, 4), tiny.CPU)
+    alone = [held_out_loss(model, [batch], tiny.CPU).loss for batch in evaluation_batches(split, tiny.LENGTH, 1)]
+    assert held.block_losses == pytest.approx(alone, rel=TOLERANCE[torch.float32])
+    assert sum(held.block_losses) / len(alone) == pytest.approx(held.loss)
+
+
 def test_units() -> None:
     held = HeldOutLoss(nats=30.0, tokens=10, num_bytes=40)
     assert held.loss == 3

@@ -26,6 +26,7 @@ def build_result(kind: str = "mka", seed: int = 0, **changes: Any) -> Result:
         "eval_loss": loss,
         "perplexity": math.exp(loss),
         "bits_per_byte": 0.42 * loss,
+        "eval_block_losses": [loss + 0.1 * math.sin(block) for block in range(20)],
         "train_seconds": 60.0 + 10 * order + noise.random(),
         "eval_seconds": 5.0 + noise.random(),
         "tokens_per_second": 4000.0 - 100 * order,

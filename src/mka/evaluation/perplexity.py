@@ -15,11 +15,15 @@ from mka.models import next_token_loss
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Sums over a held-out split: nats, the tokens they were paid for, and the UTF-8 bytes behind those tokens."""
+    """Sums over a held-out split: nats, the tokens they were paid for, and the UTF-8 bytes behind those tokens.
+
+    `block_losses`: nats per token of each block, in the order of the split.
+    """
 
     nats: float
     tokens: int
     num_bytes: int
+    block_losses: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -53,14 +57,18 @@ def held_out_loss(
     ranks = ranks or Ranks()
     model.eval()
     nats, tokens, num_bytes = 0.0, 0, 0
-    remaining = iter(batches)
+    blocks: list[tuple[int, list[float]]] = []
+    remaining, first = iter(batches), 0
     while turn := list(islice(remaining, ranks.count)):
         batch, covered = turn[min(ranks.rank, len(turn) - 1)]
         with autocast or nullcontext():
-            losses = next_token_loss(model, batch.to(device), reduction="none")
+            losses = next_token_loss(model, batch.to(device), reduction="none").double()
         if ranks.rank < len(turn):
-            nats += losses.double().sum().item()
+            nats += losses.sum().item()
+            blocks.append((first + ranks.rank, losses.view(len(batch), -1).mean(1).tolist()))
             tokens += losses.numel()
             num_bytes += covered
+        first += len(turn)
     nats, all_tokens, all_bytes = ranks.sum((nats, tokens, num_bytes))
-    return HeldOutLoss(nats, int(all_tokens), int(all_bytes))
+    in_order = sorted(block for of_rank in ranks.gather(blocks) for block in of_rank)
+    return HeldOutLoss(nats, int(all_tokens), int(all_bytes), tuple(loss for _, block in in_order for loss in block))

@@ -23,12 +23,12 @@ from mka.attention.grouped import MemoryAttention
 from mka.attention.mka import MemoryKeyedAttention
 from mka.commands import RouterConfig
 from mka.config import InputError, LongTermConfig
-from mka.evaluation.statistics import ratio, verdict
 from mka.evaluation.text import chosen_documents, edges, shown
 from mka.loading import load
 from mka.memory.router import LOCAL
 from mka.memory.search import search
 from mka.models import mechanisms, memory_cache, states
+from mka.statistics import ratio, verdict
 from mka.storage import write_atomically
 
 Say = Callable[[str], None]

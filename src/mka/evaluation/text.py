@@ -24,8 +24,8 @@ from torch.nn.functional import cross_entropy
 from mka.commands import PerplexityConfig, TextConfig
 from mka.config import InputError
 from mka.data import load_corpus
-from mka.evaluation.statistics import Estimate, ratio, verdict
 from mka.loading import load
+from mka.statistics import Estimate, ratio, verdict
 from mka.storage import write_atomically
 
 Say = Callable[[str], None]

@@ -44,6 +44,7 @@ from mka.training import (
 LOOK_TOKENS = 2**13
 """Held-out tokens of one look during training; the result at the end is taken over the preset's eval_tokens."""
 CACHE_DTYPE = torch.bfloat16
+BLOCK_DECIMALS = 6
 
 
 def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[[Result], None]) -> Path:
@@ -112,6 +113,7 @@ def train_and_score(comparison: Comparison, kind: str, seed: int) -> Result:
         eval_loss=held.loss,
         perplexity=held.perplexity,
         bits_per_byte=held.bits_per_byte,
+        eval_block_losses=[round(loss, BLOCK_DECIMALS) for loss in held.block_losses],
         train_seconds=run.seconds,
         eval_seconds=eval_seconds,
         tokens_per_second=run.tokens / run.seconds,

@@ -3,6 +3,7 @@
 summary     one `Summary` a mechanism: mean and spread over seeds
 tables      Markdown and terminal tables, and the lines printed after each mechanism
 curves      several seeds' curves -> one to draw
+differences each mechanism against mha on the same held-out blocks
 labels      where the names of points go
 style       how every figure looks, and how it is saved
 figures     loss against tokens and time, perplexity against cache
@@ -10,15 +11,18 @@ conditions  the configuration and environments of a run, in Markdown
 write       the run folder's table.md and figures/
 """
 
+from mka.report.differences import Difference, differences
 from mka.report.figures import save_figures
 from mka.report.summary import Mean, Summary, latest, summarise
 from mka.report.tables import console_table, markdown_table, result_lines
 from mka.report.write import write_report
 
 __all__ = [
+    "Difference",
     "Mean",
     "Summary",
     "console_table",
+    "differences",
     "latest",
     "markdown_table",
     "result_lines",

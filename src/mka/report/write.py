@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mka.config import InputError
 from mka.report.conditions import configuration, environments
+from mka.report.differences import differences, differences_table
 from mka.report.figures import save_figures
 from mka.report.summary import Summary, latest, summarise
 from mka.report.tables import markdown_table
@@ -54,6 +55,7 @@ def report_text(rows: Sequence[Result], figures: Iterable[Path] = ()) -> str:
     parts = [
         f"# {heading(rows)}\n\n{seeds_sentence(summaries)}",
         markdown_table(summaries),
+        differences_table(differences(rows)),
         "".join(f"- {summary.name}: {summary.title}\n" for summary in summaries),
         *[f"![{FIGURES[path.stem]}]({path.parent.name}/{path.name})\n" for path in figures],
         "## Columns\n\n" + LEGEND,

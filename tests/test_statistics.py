@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mka.evaluation.statistics import Estimate, ratio, verdict
+from mka.statistics import Estimate, paired, ratio, verdict
 
 
 def test_the_interval_of_a_mean() -> None:
@@ -38,6 +38,22 @@ def test_one_document_has_no_interval() -> None:
     assert value == 1.5
     assert math.isnan(low)
     assert math.isnan(high)
+
+
+def test_paired_differences_of_one_seed_are_those_of_their_texts() -> None:
+    x = np.random.default_rng(3).standard_normal(500)
+    ours, plain = paired(x[None]), ratio(x, np.ones(500))
+    assert ours.value == pytest.approx(plain.value)
+    assert ours.low == pytest.approx(plain.low, abs=0.01)
+    assert ours.high == pytest.approx(plain.high, abs=0.01)
+
+
+def test_paired_differences_know_of_seeds() -> None:
+    """Five seeds whose means are 1 to 5, many texts without noise: the deviation of a mean of five, 0.63 times 1.96."""
+    value, low, high = paired(np.arange(1.0, 6.0)[:, None].repeat(50, 1))
+    assert value == 3
+    assert low == pytest.approx(3 - 1.24, abs=0.21)
+    assert high == pytest.approx(3 + 1.24, abs=0.21)
 
 
 @pytest.mark.parametrize(

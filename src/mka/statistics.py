@@ -35,6 +35,21 @@ def ratio(amounts: np.ndarray, sizes: np.ndarray, seed: int = 0) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
+def paired(differences: np.ndarray, seed: int = 0) -> Estimate:
+    """The mean of differences (S, N) between two models, trained with the same S seeds and scored on the same N texts.
+
+    Seeds and texts are drawn anew, independently. One seed says nothing of others: the texts alone are drawn.
+    """
+    differences = np.asarray(differences, np.float64)
+    value, (seeds, texts) = float(differences.mean()), differences.shape
+    if texts < 2:
+        return Estimate(value, float("nan"), float("nan"))
+    rng = np.random.default_rng(seed)
+    of_seeds, of_texts = (rng.multinomial(n, [1 / n] * n, size=DRAWS) / n for n in (seeds, texts))
+    low, high = np.percentile(((of_seeds @ differences) * of_texts).sum(1), [2.5, 97.5])
+    return Estimate(value, float(low), float(high))
+
+
 def verdict(difference: Estimate) -> Verdict:
     """Of a loss minus another's on the same documents; without an interval, or with 0 in it, neither is better."""
     if difference.high < 0:
