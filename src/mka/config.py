@@ -187,8 +187,8 @@ class BenchmarkConfig:
     """mka keeps the session average of every so many tokens as a slot to attend to; 1: of every token."""
     session_slots: int | None = 256
     """The latest slots that mka attends to; None: all of them."""
-    match: Literal["none", "parameters"] = "none"
-    """parameters: adjust the MLP so that every mechanism has the parameters of mha."""
+    match: Literal["none", "parameters", "flops"] = "none"
+    """Adjust the MLP so that every mechanism has the parameters of mha, or its FLOPs a token."""
     output_dir: str | None = None
     """Folder of the results; default: runs/, named after the configuration."""
     strategy: Literal["ddp", "fsdp"] = "ddp"

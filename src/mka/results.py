@@ -29,7 +29,8 @@ class Result:
     Losses are means in nats per token; `perplexity` is exp(eval_loss), per token; memory in bytes
     (None where it could not be measured); times in seconds, evaluation never part of train_seconds.
     `eval_block_losses` are the losses of the held-out blocks one by one, in the order of the split: what makes
-    mechanisms comparable on the same text. Results of schema version 1 have none.
+    mechanisms comparable on the same text. `flops_per_token` are those of matrix products, forward, the mean over the
+    context. Results of schema version 1 have neither.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -47,6 +48,7 @@ class Result:
     memory_reserved: int | None
     parameters: int
     cache_bytes_per_token: float
+    flops_per_token: float | None
     train_tokens: int
     eval_tokens: int
     skipped_steps: int
@@ -135,7 +137,7 @@ def read_results(folder: Path) -> list[Result]:
 def parse_result(row: Any, where: str) -> Result:
     names = {field.name for field in fields(Result)}
     if isinstance(row, dict) and row.get("schema_version") == WITHOUT_BLOCKS:
-        row = {"eval_block_losses": [], **row, "schema_version": SCHEMA_VERSION}
+        row = {"eval_block_losses": [], "flops_per_token": None, **row, "schema_version": SCHEMA_VERSION}
     if not isinstance(row, dict) or row.get("schema_version") != SCHEMA_VERSION or set(row) != names:
         raise InputError(f"{where} is not a result of schema version {WITHOUT_BLOCKS} or {SCHEMA_VERSION}")
     return Result(**row)

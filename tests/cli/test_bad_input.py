@@ -64,7 +64,7 @@ WORDS = {
     "--learning_rate fast": "Error parsing --learning_rate: .*FLOAT.*'fast'",
     "--session_decay lerned": "Error parsing --session_decay: .*{learned}.*'lerned'",
     "--seeds a": r"Error parsing --seeds: .*\['a'\]",
-    "--match params": r"invalid choice 'params' for argument '--match'. Expected one of \('none', 'parameters'\)",
+    "--match params": r"choice 'params' for argument '--match'. Expected one of \('none', 'parameters', 'flops'\)",
     "--learning_rate": "Missing value for argument '--learning_rate'",
     "--output_dir": "Missing value for argument '--output_dir'",
 }
@@ -292,7 +292,7 @@ def test_a_full_disk_at_the_start(place: Place, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        ("", "Expected one of {bench, report, generate, chat, memory, eval}"),
+        ("", "Expected one of {bench, report, generate, chat, memory, eval, audit}"),
         ("bnch", "Unrecognized options: bnch"),
         ("bench stray", "Unrecognized options: stray"),
         ("--preset quick", "--preset .*; a command comes first: bench, report, generate, chat, memory or eval"),

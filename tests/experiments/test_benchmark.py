@@ -18,7 +18,7 @@ from tiny_runs import TINY, Place
 SCHEMA = {
     *("schema_version", "attention_type", "seed", "train_loss", "eval_loss", "perplexity", "bits_per_byte"),
     *("train_seconds", "eval_seconds", "tokens_per_second", "parameters", "cache_bytes_per_token"),
-    *("memory_allocated", "memory_reserved", "config", "environment"),
+    *("memory_allocated", "memory_reserved", "config", "environment", "eval_block_losses", "flops_per_token"),
 }
 MEASURED = ("train_seconds", "eval_seconds", "tokens_per_second", "memory_allocated", "memory_reserved")
 

@@ -7,8 +7,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mka.attention import ATTENTION_TYPES
-from mka.config import PRESETS, BenchmarkConfig, attention_options
-from mka.models import build_model, gpt2_config, matched_intermediate_size, mechanisms, preset_config
+from mka.config import PRESETS, BenchmarkConfig, InputError, attention_options
+from mka.models import (
+    build_model,
+    gpt2_config,
+    matched_intermediate_size,
+    mechanisms,
+    model_flops,
+    preset_config,
+)
 
 CLAIMED_MILLIONS = {"quick": 5, "small": 14, "gpt2": 124}
 ALLOWED_DIFFERENCE = 0.005
@@ -57,9 +64,35 @@ def test_a_matched_mlp_makes_up_for_the_mechanism(name: str, kind: str) -> None:
     config = sizes(name)
     options = attention_options(kind, BenchmarkConfig(preset=name).resolved())
     wanted = count(empty_model("mha", config))
-    config.n_inner = matched_intermediate_size(kind, config, **options)
+    config.n_inner = matched_intermediate_size(kind, config, "parameters", **options)
     assert config.n_inner % 8 == 0
     assert abs(count(empty_model(kind, config, **options)) / wanted - 1) <= ALLOWED_DIFFERENCE
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
+def test_a_matched_mlp_makes_up_for_the_mechanisms_flops(name: str, kind: str) -> None:
+    config = sizes(name)
+    options = attention_options(kind, BenchmarkConfig(preset=name).resolved())
+    wanted = model_flops(empty_model("mha", config))
+    config.n_inner = matched_intermediate_size(kind, config, "flops", **options)
+    assert config.n_inner % 8 == 0
+    assert abs(model_flops(empty_model(kind, config, **options)) / wanted - 1) <= ALLOWED_DIFFERENCE
+
+
+def test_flops_by_hand() -> None:
+    """mha, C = 32, T = 40, two blocks: projections, scores and values of 20.5 tokens on average, MLP, head."""
+    config = gpt2_config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=40
+    )
+    block = 4 * 2 * 32 * 32 + 2 * 2 * 32 * 20.5 + 2 * 2 * 32 * 128
+    assert model_flops(empty_model("mha", config)) == 2 * block + 2 * 32 * 50
+
+
+def test_what_no_mlp_can_make_up_for_is_said() -> None:
+    config = sizes("quick")
+    with pytest.raises(InputError, match="mla alone costs more than mha with its MLP"):
+        matched_intermediate_size("mla", config, kv_lora_rank=8192)
 
 
 def test_matching_starts_from_the_width_that_was_given() -> None:

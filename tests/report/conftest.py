@@ -34,6 +34,7 @@ def build_result(kind: str = "mka", seed: int = 0, **changes: Any) -> Result:
         "memory_reserved": None,
         "parameters": 5_273_344,
         "cache_bytes_per_token": 4096.0 / 2 ** (order % 4),
+        "flops_per_token": 12_345_678.0,
         "train_tokens": 245_760,
         "eval_tokens": 32_768,
         "skipped_steps": 0,

@@ -52,6 +52,7 @@ def test_markdown_numbers_and_units(make_result: MakeResult) -> None:
         "Memory allocated": "1.50 GiB",
         "Memory reserved": "300.0 MiB",
         "Parameters": "5,273,344",
+        "MFLOPs/token": "12.35",
         "Cache B/token": "4,300",
     }
 

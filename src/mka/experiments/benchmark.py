@@ -23,7 +23,7 @@ from mka.experiments.folder import identity
 from mka.experiments.launch import read_deepspeed
 from mka.experiments.progress import show_progress
 from mka.experiments.tracking import check_tracker, tracked
-from mka.models import build_model, checkpoint_blocks, matched_intermediate_size, mechanisms, preset_config
+from mka.models import build_model, checkpoint_blocks, matched_intermediate_size, mechanisms, model_flops, preset_config
 from mka.results import Result, append_result, write_curve
 from mka.training import (
     Checkpoints,
@@ -121,6 +121,7 @@ def train_and_score(comparison: Comparison, kind: str, seed: int) -> Result:
         memory_reserved=peak.reserved,
         parameters=parameters,
         cache_bytes_per_token=cache_bytes / length,
+        flops_per_token=model_flops(model),
         train_tokens=run.tokens,
         eval_tokens=held.tokens,
         skipped_steps=run.skipped_steps,
@@ -136,13 +137,13 @@ def train_and_score(comparison: Comparison, kind: str, seed: int) -> Result:
 
 
 def make_model(comparison: Comparison, kind: str, seed: int) -> nn.Module:
-    """A GPT-2 of the preset's size; with --match parameters its MLP makes up for the mechanism's size."""
+    """A GPT-2 of the preset's size; with --match its MLP makes up for what the mechanism costs."""
     config, tokenizer = comparison.config, comparison.corpus.tokenizer
     options = attention_options(kind, config)
     preset = replace(PRESETS[config.preset], vocab_size=tokenizer.vocab_size, sequence_length=config.sequence_length)
     gpt2 = preset_config(preset, tokenizer.eos_id)
-    if config.match == "parameters":
-        gpt2.n_inner = matched_intermediate_size(kind, gpt2, **options)
+    if config.match != "none":
+        gpt2.n_inner = matched_intermediate_size(kind, gpt2, config.match, **options)
     model = build_model(gpt2, kind, seed, **options)
     if config.gradient_checkpointing:
         checkpoint_blocks(model)

@@ -7,6 +7,7 @@ from mka.models.build import (
     gpt2_config,
     matched_intermediate_size,
     mechanisms,
+    model_flops,
     preset_config,
 )
 from mka.models.cache import REVERSIBLE, StateLayer, memory_cache, states
@@ -50,6 +51,7 @@ __all__ = [
     "matched_intermediate_size",
     "mechanisms",
     "memory_cache",
+    "model_flops",
     "next_token_loss",
     "preset_config",
     "read_in_pieces",

@@ -1,14 +1,15 @@
 """Models from a configuration: GPT-2 or a family of Llama's kind with a mechanism in every block."""
 
 from copy import deepcopy
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel
 
 from mka.attention import CausalAttention, build_attention
-from mka.config import Preset
+from mka.config import InputError, Preset
 from mka.models.families import PREFIX
 from mka.models.modeling import MODELS, memory_config
 
@@ -84,10 +85,36 @@ def mechanisms(model: nn.Module) -> list[CausalAttention]:
     return [module for module in model.modules() if isinstance(module, CausalAttention)]
 
 
-def matched_intermediate_size(attention_type: str, config: GPT2Config, **options: Any) -> int:
-    """The MLP width, a multiple of 8, at which a block has the parameters of one with mha and `config`'s width."""
+def matched_intermediate_size(
+    attention_type: str, config: GPT2Config, match: Literal["parameters", "flops"] = "parameters", **options: Any
+) -> int:
+    """The MLP width, a multiple of 8, at which a block costs what one with mha and `config`'s width does.
+
+    Costs are parameters, or FLOPs of a token, the mean over the context. Raises InputError where no width does.
+    """
     sizes = {"hidden_size": config.n_embd, "num_heads": config.n_head, "bias": True}
-    spare = build_attention("mha", **sizes).num_parameters
-    spare -= build_attention(attention_type, **sizes, **options).num_parameters
+    base, attn = build_attention("mha", **sizes), build_attention(attention_type, **sizes, **options)
     width = config.n_inner or 4 * config.n_embd
-    return max(8, 8 * round((width + spare / (2 * config.n_embd + 1)) / 8))
+    if match == "parameters":
+        spare, unit = base.num_parameters - attn.num_parameters, 2 * config.n_embd + 1
+    else:
+        length = config.n_positions
+        spare, unit = mean_flops(base, length) - mean_flops(attn, length), 4 * config.n_embd
+    matched = 8 * round((width + spare / unit) / 8)
+    if matched < 8:
+        raise InputError(
+            f"match is {match!r}; {attention_type} alone costs more than mha with its MLP: use other options"
+        )
+    return matched
+
+
+def mean_flops(attn: CausalAttention, length: int) -> float:
+    """FLOPs of a token, the mean over contexts of 1 to `length` tokens."""
+    return fmean(attn.flops_per_token(context) for context in range(1, length + 1))
+
+
+def model_flops(model: Any) -> float:
+    """FLOPs of a token's forward pass through a GPT-2: matrix products alone, the mean over its context."""
+    config, width = model.config, model.config.n_inner or 4 * model.config.n_embd
+    blocks = sum(mean_flops(attn, config.n_positions) for attn in mechanisms(model))
+    return blocks + 4 * config.n_embd * width * config.n_layer + 2 * config.n_embd * config.vocab_size

@@ -33,6 +33,7 @@ class Summary:
     memory_reserved: Mean | None
     parameters: int
     cache_bytes_per_token: float
+    flops_per_token: float | None
 
     @property
     def name(self) -> str:
@@ -82,6 +83,7 @@ def summary(rows: Sequence[Result]) -> Summary:
         memory_reserved=mean_if_measured([row.memory_reserved for row in rows]),
         parameters=rows[-1].parameters,
         cache_bytes_per_token=rows[-1].cache_bytes_per_token,
+        flops_per_token=rows[-1].flops_per_token,
     )
 
 

@@ -60,7 +60,7 @@ class Column:
     narrow: Callable[[Summary], Cell] | None = None
 
 
-# What fits in 100 columns of a terminal: memory reserved and the number of seeds are left out there.
+# What fits in 100 columns of a terminal: memory reserved, FLOPs and the number of seeds are left out there.
 COLUMNS = {
     "Mechanism": Column(lambda s: Cell(s.name), ""),
     "Train loss": Column(lambda s: cell(s.train_loss, 4), "Train\nloss"),
@@ -75,6 +75,7 @@ COLUMNS = {
     "Parameters": Column(
         lambda s: Cell(f"{s.parameters:,}"), "Param-\neters", lambda s: Cell(f"{s.parameters / 1e6:,.2f}M")
     ),
+    "MFLOPs/token": Column(lambda s: Cell("n/a" if s.flops_per_token is None else f"{s.flops_per_token / 1e6:,.2f}")),
     "Cache B/token": Column(lambda s: Cell(f"{s.cache_bytes_per_token:,.0f}"), "Cache\nB/token"),
     "Seeds": Column(lambda s: Cell(str(s.num_seeds))),
 }

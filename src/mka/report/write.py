@@ -22,6 +22,8 @@ LEGEND = """\
 - **Memory allocated**, **Memory reserved**: peak during training, n/a where it could not be measured. On the CPU,
   allocated is the peak resident memory above the one before training.
 - **Parameters**: all of the model's.
+- **MFLOPs/token**: millions of floating-point operations of a token's forward pass, matrix products alone, two for each
+  multiply-add, the mean over the context.
 - **Cache B/token**: bytes that decoding keeps for each token, in bfloat16, at the run's sequence length.
 - **Seeds**: seeds behind the row. With several, a number is the mean ± the sample standard deviation.
 
