@@ -16,6 +16,7 @@ command.
 import contextlib
 import difflib
 import errno
+import importlib
 import io
 import os
 import re
@@ -185,13 +186,6 @@ def run_bench(config: BenchmarkConfig) -> int:
     return finish(folder, console) if is_first_rank() else 0
 
 
-def run_generate(config: GenerateConfig) -> int:
-    from mka.generation import generate
-
-    generate(config, say=print)
-    return 0
-
-
 def run_chat(config: ChatConfig) -> int:
     from mka.generation import chat
 
@@ -199,65 +193,14 @@ def run_chat(config: ChatConfig) -> int:
     return 0
 
 
-def run_memory_add(config: MemoryAddConfig) -> int:
-    from mka.remembering import add
+def printing(module: str, function: str) -> Callable[[Any], int]:
+    """A command that is a function of its options and of where to print; False means exit status 1."""
 
-    add(config, say=print)
-    return 0
+    def run(config: Any) -> int:
+        work = getattr(importlib.import_module(module), function)  # torch takes seconds: only where it is needed
+        return int(work(config, say=print) is False)
 
-
-def run_memory_list(config: MemoryListConfig) -> int:
-    from mka.remembering import show
-
-    show(config, say=print)
-    return 0
-
-
-def run_memory_verify(config: MemoryVerifyConfig) -> int:
-    from mka.remembering import verify
-
-    return 0 if verify(config, say=print) else 1
-
-
-def run_memory_remove(config: MemoryRemoveConfig) -> int:
-    from mka.remembering import remove
-
-    remove(config, say=print)
-    return 0
-
-
-def run_eval(config: NeedleConfig | RecallConfig) -> int:
-    from mka.evaluation import score
-
-    score(config, say=print)
-    return 0
-
-
-def run_perplexity(config: PerplexityConfig) -> int:
-    from mka.evaluation import score_text
-
-    score_text(config, say=print)
-    return 0
-
-
-def run_router(config: RouterConfig) -> int:
-    from mka.evaluation import score_router
-
-    score_router(config, say=print)
-    return 0
-
-
-def run_audit_original(config: AuditOriginalConfig) -> int:
-    from mka.experiments import audit_original
-
-    audit_original(config, say=print)
-    return 0
-
-
-def run_audit_module(config: AuditModuleConfig) -> int:
-    from mka.evaluation import audit_module
-
-    return 0 if audit_module(config, say=print) else 1
+    return run
 
 
 def next_turn() -> str | None:
@@ -297,18 +240,18 @@ def finish(folder: Path, console: Console) -> int:
 RUN: dict[type, Callable[[Any], int]] = {
     BenchmarkConfig: run_bench,
     ReportConfig: run_report,
-    GenerateConfig: run_generate,
+    GenerateConfig: printing("mka.generation", "generate"),
     ChatConfig: run_chat,
-    MemoryAddConfig: run_memory_add,
-    MemoryListConfig: run_memory_list,
-    MemoryVerifyConfig: run_memory_verify,
-    MemoryRemoveConfig: run_memory_remove,
-    PerplexityConfig: run_perplexity,
-    RouterConfig: run_router,
-    NeedleConfig: run_eval,
-    RecallConfig: run_eval,
-    AuditOriginalConfig: run_audit_original,
-    AuditModuleConfig: run_audit_module,
+    MemoryAddConfig: printing("mka.remembering", "add"),
+    MemoryListConfig: printing("mka.remembering", "show"),
+    MemoryVerifyConfig: printing("mka.remembering", "verify"),
+    MemoryRemoveConfig: printing("mka.remembering", "remove"),
+    PerplexityConfig: printing("mka.evaluation", "score_text"),
+    RouterConfig: printing("mka.evaluation", "score_router"),
+    NeedleConfig: printing("mka.evaluation", "score"),
+    RecallConfig: printing("mka.evaluation", "score"),
+    AuditOriginalConfig: printing("mka.experiments", "audit_original"),
+    AuditModuleConfig: printing("mka.evaluation", "audit_module"),
 }
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,3 +160,29 @@ def test_padding_is_filled_up_and_cut() -> None:
 def test_packed_rows_are_one_stream() -> None:
     rows = original.packed([original.np.array([1, 2]), original.np.array([3, 4, 5])], 2, 7)
     assert rows.tolist() == [[1, 2, 7], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("protocol", original.ON_TEXT, ids=lambda protocol: protocol.name)
+def test_what_is_trained_on_and_what_is_scored(protocol: original.Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows themselves: filled up or packed, of the validation split or of those that were trained on."""
+    seen: dict[str, set[tuple[int, ...]]] = {}
+
+    def rows_of(batches: list[Any]) -> set[tuple[int, ...]]:
+        return {tuple(row) for batch in batches for row in batch.tolist()}
+
+    def train_model(_protocol: Any, _size: int, _length: int, rows: Any, config: Any) -> None:
+        seen["train"] = rows_of([rows(step) for step in range(config.max_steps)])
+
+    def mean_loss(_model: Any, batches: list[Any]) -> float:
+        seen["scored"] = rows_of(batches)
+        return 0.0
+
+    monkeypatch.setattr(original, "train_model", train_model)
+    monkeypatch.setattr(original, "mean_loss", mean_loss)
+    draws = original.np.random.default_rng(0)
+    data = {split: [draws.integers(1, 99, 5) for _ in range(200)] for split in ("train", "validation")}
+    original.on_text(protocol, original.AuditOriginalConfig(max_steps=5, sequence_length=12), data, 0)
+    for rows in seen.values():
+        assert all((row[5:] == (0,) * 8) == protocol.padding_scored for row in rows)
+    assert (seen["scored"] <= seen["train"]) == protocol.evaluated_on_train
+    assert protocol.evaluated_on_train or not seen["scored"] & seen["train"]

@@ -126,10 +126,11 @@ def test_scores_are_float32_under_bfloat16_autocast() -> None:
 
 @pytest.mark.parametrize("chunks", [1, 31, 32, 33, 64, 129, 160, 1000])
 @pytest.mark.parametrize("top_k", [1, 4, 7])
-def test_best_of_runs_of_neighbours(chunks: int, top_k: int) -> None:
-    """Six different scores: nearly all are ties."""
+@pytest.mark.parametrize("kinds", [6, 300])
+def test_best_of_runs_of_neighbours(chunks: int, top_k: int, kinds: int) -> None:
+    """Six different scores: nearly all are ties. 300: the best stand anywhere, some after the last run."""
     generator = torch.Generator().manual_seed(chunks)
-    scores = torch.randint(0, 6, (3, 7, chunks), generator=generator).float()
+    scores = torch.randint(0, kinds, (30, 7, chunks), generator=generator).float()
     scores[scores == 0] = -torch.inf
     by_hand = torch.sort(scores, dim=-1, descending=True, stable=True)
     best, place = longterm.top_by_place(scores.clone(), top_k)

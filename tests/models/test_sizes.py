@@ -60,24 +60,14 @@ def test_every_mechanism_builds_in_every_preset(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("kind", ATTENTION_TYPES)
-def test_a_matched_mlp_makes_up_for_the_mechanism(name: str, kind: str) -> None:
-    config = sizes(name)
+@pytest.mark.parametrize("match", ["parameters", "flops"])
+def test_a_matched_mlp_makes_up_for_the_mechanism(match: Any, kind: str, name: str) -> None:
+    config, cost = sizes(name), {"parameters": count, "flops": model_flops}[match]
     options = attention_options(kind, BenchmarkConfig(preset=name).resolved())
-    wanted = count(empty_model("mha", config))
-    config.n_inner = matched_intermediate_size(kind, config, "parameters", **options)
+    wanted = cost(empty_model("mha", config))
+    config.n_inner = matched_intermediate_size(kind, config, match, **options)
     assert config.n_inner % 8 == 0
-    assert abs(count(empty_model(kind, config, **options)) / wanted - 1) <= ALLOWED_DIFFERENCE
-
-
-@pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("kind", ATTENTION_TYPES)
-def test_a_matched_mlp_makes_up_for_the_mechanisms_flops(name: str, kind: str) -> None:
-    config = sizes(name)
-    options = attention_options(kind, BenchmarkConfig(preset=name).resolved())
-    wanted = model_flops(empty_model("mha", config))
-    config.n_inner = matched_intermediate_size(kind, config, "flops", **options)
-    assert config.n_inner % 8 == 0
-    assert abs(model_flops(empty_model(kind, config, **options)) / wanted - 1) <= ALLOWED_DIFFERENCE
+    assert abs(cost(empty_model(kind, config, **options)) / wanted - 1) <= ALLOWED_DIFFERENCE
 
 
 def test_flops_by_hand() -> None:

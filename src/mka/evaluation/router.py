@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mka.attention.fmka import FastMemoryKeyedAttention
@@ -104,8 +104,7 @@ def observe(model: Any, layers: list[MemoryAttention], ids: Tensor) -> list[Seen
 
         add(attn.router.register_forward_hook(router))
         if attn.top_k:
-            project: Any = attn.index_q_proj if isinstance(attn, FastMemoryKeyedAttention) else attn.q_proj
-            add(project.register_forward_hook(query))
+            add(index_projection(attn).register_forward_hook(query))
 
     with hooks() as add:
         for number, attn in enumerate(layers):
@@ -124,8 +123,13 @@ def observe(model: Any, layers: list[MemoryAttention], ids: Tensor) -> list[Seen
     return found
 
 
+def index_projection(attn: MemoryAttention) -> nn.Module:
+    """What makes the queries that `attn` searches by."""
+    return attn.index_q_proj if isinstance(attn, FastMemoryKeyedAttention) else attn.q_proj
+
+
 def index_queries(attn: MemoryAttention, projected: Tensor) -> Tensor:
-    """(B, T, G, E), from what `q_proj` (mka) or `index_q_proj` (fmka) gave."""
+    """(B, T, G, E), from what `index_projection(attn)` gave."""
     if isinstance(attn, MemoryKeyedAttention):
         return attn.index_queries(projected.unflatten(-1, (-1, attn.head_dim)))
     return projected.unsqueeze(2)

@@ -27,7 +27,7 @@ from mka.data.corpus import Corpus
 from mka.data.tokenizer import TextTokenizer
 from mka.experiments.original_model import OriginalLM
 from mka.storage import write_atomically
-from mka.training.optimizer import MAX_GRAD_NORM, build_optimizer, learning_rate_at
+from mka.training import minimise
 
 SYMBOLS, UNIFORM_LENGTH, UNIFORM_ROWS = 64, 64, 32
 VOCAB_SIZE, TEXT_ROWS, HELD_OUT_ROWS, LEARNING_RATE = 1024, 4, 64, 3e-3
@@ -141,16 +141,8 @@ def train_model(
 ) -> OriginalLM:
     torch.manual_seed(config.seed)
     switches = {"is_causal": not protocol.no_causal_mask, "mean_so_far": not protocol.whole_row_mean}
-    model = OriginalLM(vocab_size, length, **switches).train()
-    optimizer = build_optimizer(model, LEARNING_RATE)
-    for step in range(config.max_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config.max_steps, LEARNING_RATE)
-        loss = next_token_loss(model, rows(step))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
+    model = OriginalLM(vocab_size, length, **switches)
+    minimise(model, lambda step: next_token_loss(model, rows(step)), config.max_steps, LEARNING_RATE)
     return model.eval()
 
 

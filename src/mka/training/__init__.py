@@ -7,6 +7,7 @@ from mka.training.deepspeed_config import deepspeed_settings
 from mka.training.interruption import Interrupted
 from mka.training.loop import TrainingPlan, TrainingRun, train
 from mka.training.memory import Peak, PeakMemory, keep_freed_memory
+from mka.training.minimise import minimise
 from mka.training.nonfinite import NonFiniteLoss
 from mka.training.precision import Precision, choose_precision, has_bfloat16
 
@@ -30,6 +31,7 @@ __all__ = [
     "has_bfloat16",
     "is_out_of_memory",
     "keep_freed_memory",
+    "minimise",
     "train",
     "train_on_answers",
 ]

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mka.data.recall import NOT_ASKED, RecallBatch
-from mka.training.nonfinite import NonFiniteLoss
-from mka.training.optimizer import MAX_GRAD_NORM, build_optimizer, learning_rate_at
+from mka.training.minimise import minimise
 
 LOOK_EVERY = 100
 
@@ -25,24 +24,15 @@ def answer_logits(model: Any, batch: RecallBatch) -> tuple[Tensor, Tensor]:
 def train_on_answers(
     model: Any, batch_at: Callable[[int], RecallBatch], steps: int, learning_rate: float, look: Callable[[], str]
 ) -> None:
-    """AdamW over `batch_at(0)`, `batch_at(1)`, ...; every 100 steps a line with what `look` says.
+    """`minimise` over `batch_at(0)`, `batch_at(1)`, ...; every 100 steps a line with what `look` says."""
+    begun = time.perf_counter()
 
-    Raises NonFiniteLoss before the step that a loss which is not finite would have spoilt.
-    """
-    optimizer, begun = build_optimizer(model, learning_rate), time.perf_counter()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps, learning_rate)
-        loss = cross_entropy(*answer_logits(model.train(), batch_at(step)))
-        if not torch.isfinite(loss):
-            raise NonFiniteLoss(f"the loss is {loss.item()} at step {step}; use a smaller learning rate")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
+    def after(step: int, loss: float) -> None:
         if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
             seconds = time.perf_counter() - begun
-            print(f"step {step + 1}/{steps}, {seconds:.0f} s, loss {loss.item():.3f}; {look()}", flush=True)
+            print(f"step {step + 1}/{steps}, {seconds:.0f} s, loss {loss:.3f}; {look()}", flush=True)
+
+    minimise(model, lambda step: cross_entropy(*answer_logits(model, batch_at(step))), steps, learning_rate, after)
 
 
 @torch.no_grad()
