@@ -9,9 +9,11 @@ import torch
 
 from memory_models import save_model, story
 from mka import cli
+from mka.data import load_tokenizer
 from mka.data.needle import Passkey, PasskeyTask
 from mka.data.recall import NOT_ASKED, recall_batch
 from mka.evaluation import recall
+from mka.models import build_model, gpt2_config
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,23 @@ def test_bad_input(command: str, saved: Path, capsys: pytest.CaptureFixture[str]
     assert status == 2
     assert err.count("\n") == 1
     assert BAD[command] in err
+
+
+@pytest.mark.parametrize(
+    "command", ["eval needle --lengths 200", "eval router --length 200 --rows 1", "memory add text.txt --bank bank"]
+)
+def test_a_row_longer_than_learned_positions_is_one_line(
+    command: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer("bpe", [story(1)], 300)
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    config = gpt2_config(hidden_size=16, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, **sizes)
+    build_model(config, "mka", local_window=8, chunk_size=4).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save(tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(story(5, 2000))
+    text = ["--dataset", "text", "--text_path", "text.txt", "--split", "train"] if "router" in command else []
+    status, _, err = run(capsys, *command.split(), "--model", "gpt2", *text)
+    assert status == 2
+    assert "this GPT-2 has 64 positions" in err
+    assert len(err.splitlines()) == 1

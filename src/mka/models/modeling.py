@@ -204,14 +204,14 @@ class MkaGPT2LMHeadModel(MemoryModel, GPT2LMHeadModel):
         return super().forward(input_ids, past_key_values, *args, **kwargs)
 
     def _check_length(self, columns: int, cache: Cache | None, position_ids: Tensor | None) -> None:
-        """Raises ValueError for a row that is longer than the positions the model has learned."""
+        """Raises InputError for a row that is longer than the positions the model has learned."""
         limit, length = self.config.max_position_embeddings, columns + (cache.get_seq_length() if cache else 0)
         if length <= limit:
             return
         if position_ids is not None:  # columns that are padding have no position of their own
             length = int(position_ids.max()) + 1
         if length > limit:
-            raise ValueError(
+            raise InputError(
                 f"the row has {length} tokens; this GPT-2 has {limit} positions; use a shorter row, a larger "
                 "max_position_embeddings, or a backbone with rotary positions (Llama, Mistral, Qwen)"
             )

@@ -28,7 +28,9 @@ class Difference:
 
     def line(self) -> str:
         name, base = self.attention_type.upper(), BASELINE.upper()
-        return f"{name} - {base}: {self.estimate.value:+.4f} nats per token ({self.interval}), {verdict(self.estimate)}"
+        alone = "" if self.seeds > 1 else " (of these two trainings: one seed)"
+        difference = f"{self.estimate.value:+.4f} nats per token ({self.interval})"
+        return f"{name} - {base}: {difference}, {verdict(self.estimate)}{alone}"
 
 
 def differences(rows: Sequence[Result]) -> list[Difference]:
