@@ -101,7 +101,7 @@ def test_a_result_is_synced_before_it_is_acknowledged(tmp_path: Path, monkeypatc
         '{"schema_version": 1}',
         "[1, 2]",
         "7",
-        json.dumps({**vars(make()), "schema_version": 3}),
+        json.dumps({**vars(make()), "schema_version": 4}),
         json.dumps({**vars(make()), "surprise": 1}),
     ],
 )
@@ -109,18 +109,26 @@ def test_another_schema_is_one_line_that_says_where(tmp_path: Path, line: str) -
     append_result(tmp_path, make())
     with results_path(tmp_path).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
-    with pytest.raises(InputError, match=r"results\.jsonl line 2 is not a result of schema version 1 or 2") as error:
+    with pytest.raises(
+        InputError, match=r"results\.jsonl line 2 is not a result of schema version 1 to 3; it says"
+    ) as error:
         read_results(tmp_path)
     assert "\n" not in str(error.value)
 
 
-LATER = ("eval_block_losses", "flops_per_token")
+LATER = ("eval_block_losses", "flops_per_token", "variant")
 
 
 def test_results_of_the_first_schema_have_no_blocks(tmp_path: Path) -> None:
     row = {name: value for name, value in vars(make()).items() if name not in LATER} | {"schema_version": 1}
     results_path(tmp_path).write_text(json.dumps(row) + "\n", encoding="utf-8")
     assert read_results(tmp_path) == [make(eval_block_losses=[], flops_per_token=None)]
+
+
+def test_results_of_the_second_schema_have_no_variants(tmp_path: Path) -> None:
+    row = {name: value for name, value in vars(make()).items() if name != "variant"} | {"schema_version": 2}
+    results_path(tmp_path).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert read_results(tmp_path) == [make()]
 
 
 def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:

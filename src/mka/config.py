@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from mka.arms import STUDIES, Arm
+
 ATTENTION_TITLES = {
     "mha": "Multi-Head Attention",
     "mqa": "Multi-Query Attention",
@@ -146,7 +148,10 @@ class BenchmarkConfig:
     """Compare attention mechanisms in GPT-2-style language models trained from scratch."""
 
     attention_type: tuple[str, ...] = ()
-    """Mechanisms to run: mha mqa gqa mla mka fmka. None given: all six."""
+    """Mechanisms to run: mha mqa gqa mla mka fmka. None given: all six, or those of the study."""
+    study: str | None = None
+    """A named set of trainings: small (what the README shows), or an ablation of mka and fmka: decay, levels, window,
+    chunk, top_k, router, routing. Steps, seeds and match are the study's unless they are given."""
     preset: str = "quick"
     """Model size and budget: quick (5 M parameters), small (14 M) or gpt2 (124 M)."""
     dataset: str = "stdlib"
@@ -171,8 +176,8 @@ class BenchmarkConfig:
     """float16 autocast with loss scaling."""
     bf16: bool = False
     """bfloat16 autocast; also the default where the processor has it."""
-    seeds: tuple[int, ...] = (0,)
-    """Repeat everything with each seed; report mean and spread."""
+    seeds: tuple[int, ...] | None = None
+    """Repeat everything with each seed; report mean and spread. None given: 0."""
     num_groups: int = 4
     """Key/value heads of gqa."""
     local_window: int | None = 128
@@ -211,9 +216,13 @@ class BenchmarkConfig:
     """Seconds after which a rank that does not answer ends the job."""
 
     @property
-    def mechanisms(self) -> tuple[str, ...]:
-        """Those to run, each once, in the order given."""
-        return tuple(dict.fromkeys(self.attention_type)) or tuple(ATTENTION_TITLES)
+    def arms(self) -> tuple[Arm, ...]:
+        """What is trained, each once: the mechanisms in the order given, or those of the study."""
+        if self.study is None:
+            return tuple(Arm(kind) for kind in dict.fromkeys(self.attention_type or ATTENTION_TITLES))
+        return tuple(
+            arm for arm in STUDIES[self.study].arms if arm.attention_type in (self.attention_type or ATTENTION_TITLES)
+        )
 
     def resolved(self) -> "ResolvedConfig":
         """The same configuration, checked, with the preset's values filled in. Raises InputError."""
@@ -224,9 +233,18 @@ class BenchmarkConfig:
         for name in ("tokenizer", "sequence_length", "batch_size", "learning_rate"):
             if values[name] is None:
                 values[name] = getattr(preset, name)
+        if self.study is not None and self.study not in STUDIES:
+            raise unknown_name("study", self.study, STUDIES)
+        study = STUDIES[self.study] if self.study else None
         if self.epochs is None and self.max_steps is None:
-            values["max_steps"] = preset.max_steps
-        values["attention_type"] = self.mechanisms
+            values["max_steps"] = study.max_steps if study else preset.max_steps
+        if self.seeds is None:
+            values["seeds"] = study.seeds if study else (0,)
+        if study and self.match == "none":
+            values["match"] = study.match
+        values["attention_type"] = tuple(dict.fromkeys(self.attention_type)) or tuple(
+            dict.fromkeys(arm.attention_type for arm in self.arms)
+        )
         config = ResolvedConfig(**values)
         config.check()
         return config
@@ -236,6 +254,7 @@ class BenchmarkConfig:
 class ResolvedConfig(BenchmarkConfig):
     """A configuration that has passed its checks: nothing is left to the preset but the model's size."""
 
+    seeds: tuple[int, ...] = (0,)
     tokenizer: str = PRESETS["quick"].tokenizer
     sequence_length: int = PRESETS["quick"].sequence_length
     batch_size: int = PRESETS["quick"].batch_size
@@ -245,6 +264,10 @@ class ResolvedConfig(BenchmarkConfig):
         for kind in self.attention_type:
             if kind not in ATTENTION_TITLES:
                 raise unknown_name("attention_type", kind, ATTENTION_TITLES)
+        if not self.arms:
+            raise InputError(
+                f"attention_type is {' '.join(self.attention_type)}; study {self.study!r} has none of them"
+            )
         if self.dataset not in DATASETS:
             raise unknown_name("dataset", self.dataset, DATASETS)
         if self.dataset == "text" and not self.text_path:
@@ -268,8 +291,15 @@ class ResolvedConfig(BenchmarkConfig):
         session = (self.session_decay, self.session_stride, self.session_slots)
         check_memory(self.local_window, self.chunk_size, self.top_k, *session)
         preset = PRESETS[self.preset]
-        kv_heads = self.num_groups if "gqa" in self.mechanisms else 1
+        kv_heads = self.num_groups if "gqa" in self.attention_type else 1
         check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads, "num_groups")
+
+
+OPTION_FLAGS = (
+    *("num_groups", "local_window", "chunk_size", "top_k"),
+    *("session_decay", "session_stride", "session_slots"),
+)
+"""Flags that one mechanism takes and another does not."""
 
 
 def attention_options(kind: str, config: BenchmarkConfig) -> dict[str, object]:

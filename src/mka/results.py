@@ -16,25 +16,33 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from mka.arms import Arm
 from mka.config import InputError
 from mka.storage import sync_folder, write_atomically
 
-SCHEMA_VERSION, WITHOUT_BLOCKS = 2, 1
+SCHEMA_VERSION = 3
+ADDED: dict[int, dict[str, Any]] = {
+    1: {"eval_block_losses": [], "flops_per_token": None, "variant": ""},
+    2: {"variant": ""},
+}
+"""What results of older schema versions lack, and what stands for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One mechanism trained with one seed.
+    """One mechanism, or a variant of it, trained with one seed.
 
     Losses are means in nats per token; `perplexity` is exp(eval_loss), per token; memory in bytes
     (None where it could not be measured); times in seconds, evaluation never part of train_seconds.
     `eval_block_losses` are the losses of the held-out blocks one by one, in the order of the split: what makes
     mechanisms comparable on the same text. `flops_per_token` are those of matrix products, forward, the mean over the
-    context. Results of schema version 1 have neither.
+    context. Results of schema version 1 have neither. `variant` names the options in which it differs from the
+    mechanism as the flags make it, "" for none.
     """
 
     schema_version: int = SCHEMA_VERSION
     attention_type: str
+    variant: str = ""
     seed: int
     train_loss: float
     eval_loss: float
@@ -56,8 +64,12 @@ class Result:
     environment: dict[str, Any]
 
     @property
+    def name(self) -> str:
+        return Arm(self.attention_type, self.variant).name
+
+    @property
     def key(self) -> tuple[str, int]:
-        return self.attention_type, self.seed
+        return self.name, self.seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,25 +148,26 @@ def read_results(folder: Path) -> list[Result]:
 
 def parse_result(row: Any, where: str) -> Result:
     names = {field.name for field in fields(Result)}
-    if isinstance(row, dict) and row.get("schema_version") == WITHOUT_BLOCKS:
-        row = {"eval_block_losses": [], "flops_per_token": None, **row, "schema_version": SCHEMA_VERSION}
+    if isinstance(row, dict) and row.get("schema_version") in ADDED:
+        row = {**ADDED[row["schema_version"]], **row, "schema_version": SCHEMA_VERSION}
     if not isinstance(row, dict) or row.get("schema_version") != SCHEMA_VERSION or set(row) != names:
-        raise InputError(f"{where} is not a result of schema version {WITHOUT_BLOCKS} or {SCHEMA_VERSION}")
+        given = row.get("schema_version") if isinstance(row, dict) else None
+        raise InputError(f"{where} is not a result of schema version 1 to {SCHEMA_VERSION}; it says {given!r}")
     return Result(**row)
 
 
-def curve_path(folder: Path, attention_type: str, seed: int) -> Path:
-    return folder / "curves" / f"{attention_type}-seed{seed}.jsonl"
+def curve_path(folder: Path, name: str, seed: int) -> Path:
+    return folder / "curves" / f"{name}-seed{seed}.jsonl"
 
 
-def write_curve(folder: Path, attention_type: str, seed: int, points: Iterable[CurvePoint]) -> None:
+def write_curve(folder: Path, name: str, seed: int, points: Iterable[CurvePoint]) -> None:
     lines = "".join(json.dumps(asdict(point)) + "\n" for point in points)
-    write_atomically(curve_path(folder, attention_type, seed), lines)
+    write_atomically(curve_path(folder, name, seed), lines)
 
 
-def read_curve(folder: Path, attention_type: str, seed: int) -> list[CurvePoint]:
+def read_curve(folder: Path, name: str, seed: int) -> list[CurvePoint]:
     """The curve of one result; empty where the file is missing. Raises InputError for a damaged file."""
-    path = curve_path(folder, attention_type, seed)
+    path = curve_path(folder, name, seed)
     if not path.is_file():
         return []
     try:

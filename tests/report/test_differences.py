@@ -23,7 +23,7 @@ def blocks(offset: float, noise: float = 0.0, count: int = 40, seed: int = 0) ->
 def test_a_constant_difference_is_certain_whatever_the_blocks(make_result: MakeResult) -> None:
     rows = [make_result("mha", **blocks(0)), make_result("mka", **blocks(-0.1)), make_result("fmka", **blocks(0.2))]
     mka, fmka = differences(rows)
-    assert (mka.attention_type, fmka.attention_type) == ("mka", "fmka")
+    assert (mka.name, fmka.name, fmka.baseline) == ("MKA", "FMKA", "MHA")
     assert mka.estimate == pytest.approx((-0.1, -0.1, -0.1))
     assert (
         mka.line()
@@ -49,6 +49,18 @@ def test_seeds_that_disagree_widen_the_interval(make_result: MakeResult) -> None
     assert mka.line().endswith("not distinguishable")
 
 
+def test_a_variant_is_set_against_its_mechanism_as_it_is(make_result: MakeResult) -> None:
+    rows = [make_result("mha", **blocks(0)), make_result("mha", variant="w128", **blocks(0.1))]
+    rows += [make_result("mka", variant="no-L2", **blocks(0.3)), make_result("mka", **blocks(0.2))]
+    assert [(d.name, d.baseline, round(d.estimate.value, 6)) for d in differences(rows)] == [
+        ("MHA w128", "MHA", 0.1),
+        ("MKA no-L2", "MKA", 0.1),
+        ("MKA", "MHA", 0.2),
+    ]
+    (alone,) = differences([make_result("mha", **blocks(0)), make_result("mka", variant="no-L2", **blocks(0.3))])
+    assert (alone.name, alone.baseline) == ("MKA no-L2", "MHA")
+
+
 def test_only_seeds_and_blocks_that_both_have(make_result: MakeResult) -> None:
     rows = [make_result("mha", 0, **blocks(0)), make_result("mka", 1, **blocks(0))]
     assert differences(rows) == []
@@ -67,5 +79,5 @@ def test_the_report_has_the_table_and_says_what_one_seed_is_worth(make_result: M
     for row in (make_result("mha", **blocks(0)), make_result("mka", **blocks(-0.1))):
         append_result(tmp_path, row)
     text = write_report(tmp_path)[0].read_text(encoding="utf-8")
-    assert "| MKA | -0.1000 | -0.1000 to -0.1000 | better |" in text
+    assert "| MKA | MHA | -0.1000 | -0.1000 to -0.1000 | better |" in text
     assert "a bootstrap over 40 held-out blocks. With one seed it says nothing of other seeds." in text

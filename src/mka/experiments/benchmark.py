@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mka.config import ATTENTION_TITLES, PRESETS, BenchmarkConfig, attention_options
+from mka.arms import Arm
+from mka.config import ATTENTION_TITLES, OPTION_FLAGS, PRESETS, BenchmarkConfig, attention_options
 from mka.distributed import Ranks, lost_ranks_said, start_ranks
 from mka.evaluation import HeldOutLoss, held_out_loss
 from mka.experiments.comparison import Comparison, announce, prepare
@@ -62,13 +63,13 @@ def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[
     with lost_ranks_said("between two trainings"):
         comparison = prepare(config, ranks, console, deepspeed)
         announce(comparison)
-        for seed, kind in product(config.seeds, config.mechanisms):
-            if (kind, seed) in comparison.finished:
-                console.print(f"✅ {kind.upper()} with seed {seed} is already in {comparison.folder}/results.jsonl")
+        for seed, arm in product(config.seeds, config.arms):
+            if (arm.name, seed) in comparison.finished:
+                console.print(f"✅ {arm.name.upper()} with seed {seed} is already in {comparison.folder}/results.jsonl")
                 if ranks.is_main:  # left by a run that was killed just before it would have done this
-                    checkpoints_of(comparison, kind, seed).clear()
+                    checkpoints_of(comparison, arm, seed).clear()
                 continue
-            result = run_one(comparison, kind, seed)
+            result = run_one(comparison, arm, seed)
             if ranks.is_main:
                 on_result(result)
     with lost_ranks_said("at the end of the run"):
@@ -76,38 +77,39 @@ def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[
     return comparison.folder
 
 
-def run_one(comparison: Comparison, kind: str, seed: int) -> Result:
+def run_one(comparison: Comparison, arm: Arm, seed: int) -> Result:
     """Train and evaluate one mechanism, and append its result. Collective."""
     console = comparison.console
-    console.print(f"\n🏁 Testing {kind.upper()}...")
+    console.print(f"\n🏁 Testing {arm.name.upper()}...")
     seeds = comparison.config.seeds
-    console.print(f"Using {ATTENTION_TITLES[kind]}" + (f" (seed {seed})" if len(seeds) > 1 else ""))
+    console.print(f"Using {ATTENTION_TITLES[arm.attention_type]}" + (f" (seed {seed})" if len(seeds) > 1 else ""))
     try:
-        return train_and_score(comparison, kind, seed)
+        return train_and_score(comparison, arm, seed)
     except NonFiniteLoss as error:
-        raise NonFiniteLoss(f"{kind}, seed {seed}: {error}") from None
+        raise NonFiniteLoss(f"{arm.name}, seed {seed}: {error}") from None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         failure = error.with_traceback(None)  # its frames hold what did not fit; Python 3.10 lets go of them below
-    raise OutOfMemory(f"{kind}, seed {seed}: {out_of_memory(comparison, kind, seed, failure)}")
+    raise OutOfMemory(f"{arm.name}, seed {seed}: {out_of_memory(comparison, arm, seed, failure)}")
 
 
-def train_and_score(comparison: Comparison, kind: str, seed: int) -> Result:
+def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
     config, ranks = comparison.config, comparison.ranks
     memory = PeakMemory(ranks.device)
-    model = make_model(comparison, kind, seed)
+    model = make_model(comparison, arm, seed)
     length = config.sequence_length
     parameters = sum(p.numel() for p in model.parameters())
     cache_bytes = sum(m.state_nbytes(1, length, CACHE_DTYPE) for m in mechanisms(model))
-    checkpoints = checkpoints_of(comparison, kind, seed)
-    run = train_model(comparison, model, kind, seed, checkpoints)
+    checkpoints = checkpoints_of(comparison, arm, seed)
+    run = train_model(comparison, model, arm, seed, checkpoints)
     started = time.perf_counter()
     held = evaluate(comparison, model)
     eval_seconds = time.perf_counter() - started
     peak = highest(ranks, memory.peak())
     result = Result(
-        attention_type=kind,
+        attention_type=arm.attention_type,
+        variant=arm.variant,
         seed=seed,
         train_loss=run.final_loss,
         eval_loss=held.loss,
@@ -125,21 +127,21 @@ def train_and_score(comparison: Comparison, kind: str, seed: int) -> Result:
         train_tokens=run.tokens,
         eval_tokens=held.tokens,
         skipped_steps=run.skipped_steps,
-        config=comparison.description | {"seeds": list(config.seeds)},
+        config=settings_of(comparison, arm),
         environment=comparison.environment,
     )
     if ranks.is_main:
-        export_model(comparison, model, kind, seed, checkpoints)
-        write_curve(comparison.folder, kind, seed, run.curve)
+        export_model(comparison, model, arm, seed, checkpoints)
+        write_curve(comparison.folder, arm.name, seed, run.curve)
         append_result(comparison.folder, result)
         checkpoints.clear()
     return result
 
 
-def make_model(comparison: Comparison, kind: str, seed: int) -> nn.Module:
+def make_model(comparison: Comparison, arm: Arm, seed: int) -> nn.Module:
     """A GPT-2 of the preset's size; with --match its MLP makes up for what the mechanism costs."""
     config, tokenizer = comparison.config, comparison.corpus.tokenizer
-    options = attention_options(kind, config)
+    kind, options = arm.attention_type, attention_options(arm.attention_type, config) | dict(arm.options)
     preset = replace(PRESETS[config.preset], vocab_size=tokenizer.vocab_size, sequence_length=config.sequence_length)
     gpt2 = preset_config(preset, tokenizer.eos_id)
     if config.match != "none":
@@ -150,24 +152,29 @@ def make_model(comparison: Comparison, kind: str, seed: int) -> nn.Module:
     return model
 
 
-def export_model(comparison: Comparison, model: Any, kind: str, seed: int, checkpoints: Checkpoints) -> None:
+def settings_of(comparison: Comparison, arm: Arm) -> dict[str, Any]:
+    """What a row was made with: of the flags that not all mechanisms take, those that this one does."""
+    shared = {name: value for name, value in comparison.description.items() if name not in OPTION_FLAGS}
+    taken = attention_options(arm.attention_type, comparison.config) | dict(arm.options)
+    return shared | taken | {"seeds": list(comparison.config.seeds)}
+
+
+def export_model(comparison: Comparison, model: Any, arm: Arm, seed: int, checkpoints: Checkpoints) -> None:
     """The trained model as a folder that `from_pretrained` loads; the weights come last, whole."""
-    folder = comparison.folder / "models" / f"{kind}-seed{seed}"
+    folder = comparison.folder / "models" / f"{arm.name}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     comparison.corpus.tokenizer.save(folder)
     checkpoints.export_weights(folder / "model.safetensors")
 
 
-def checkpoints_of(comparison: Comparison, kind: str, seed: int) -> Checkpoints:
-    whose = identity(comparison.description) | {"attention_type": kind, "seed": seed}
-    folder = comparison.folder / "checkpoints" / f"{kind}-seed{seed}"
+def checkpoints_of(comparison: Comparison, arm: Arm, seed: int) -> Checkpoints:
+    whose = identity(comparison.description) | {"attention_type": arm.name, "seed": seed}
+    folder = comparison.folder / "checkpoints" / f"{arm.name}-seed{seed}"
     return Checkpoints(folder, whose, comparison.config.keep_checkpoints)
 
 
-def train_model(
-    comparison: Comparison, model: nn.Module, kind: str, seed: int, checkpoints: Checkpoints
-) -> TrainingRun:
+def train_model(comparison: Comparison, model: nn.Module, arm: Arm, seed: int, checkpoints: Checkpoints) -> TrainingRun:
     config, console = comparison.config, comparison.console
     batches = comparison.batches(seed)
     plan = TrainingPlan(
@@ -182,10 +189,10 @@ def train_model(
         deepspeed=comparison.deepspeed,
     )
     tracker = config.track if comparison.ranks.is_main else "none"
-    settings = {"attention_type": kind, "seed": seed}
+    settings = {"attention_type": arm.name, "seed": seed}
     with (
         show_progress(console, plan.steps) as show,
-        tracked(tracker, comparison.folder, f"{kind}-seed{seed}", settings) as track,
+        tracked(tracker, comparison.folder, f"{arm.name}-seed{seed}", settings) as track,
     ):
 
         def on_step(run: TrainingRun) -> None:
@@ -202,10 +209,10 @@ def train_model(
         )
 
 
-def out_of_memory(comparison: Comparison, kind: str, seed: int, error: BaseException) -> str:
+def out_of_memory(comparison: Comparison, arm: Arm, seed: int, error: BaseException) -> str:
     """The advice for a training that did not fit, from a model made anew and one row of it."""
     gc.collect()
-    model = make_model(comparison, kind, seed)
+    model = make_model(comparison, arm, seed)
     row = activation_bytes(model, comparison.config.sequence_length, comparison.precision.autocast())
     rows = comparison.rows_per_part
     strategy = comparison.environment["launch"]["strategy"].removeprefix("deepspeed ")

@@ -12,7 +12,7 @@ from mka.results import flat, read_results, results_path
 from mka.storage import sweep, write_json
 
 NOT_IDENTITY = (
-    *("attention_type", "seeds", "output_dir", "resume", "fp16", "bf16"),
+    *("attention_type", "study", "seeds", "output_dir", "resume", "fp16", "bf16"),
     *("strategy", "deepspeed", "deepspeed_config", "gradient_checkpointing", "ddp_timeout"),
     *("save_steps", "keep_checkpoints", "track"),
 )
@@ -63,7 +63,7 @@ def agree_with_folder(folder: Path, description: dict[str, Any], resume: bool = 
 
 
 def open_folder(folder: Path, description: dict[str, Any], environment: dict[str, Any]) -> set[tuple[str, int]]:
-    """Make or reopen a folder that agrees; returns the (attention_type, seed) pairs that are finished.
+    """Make or reopen a folder that agrees; returns the (name, seed) pairs that are finished.
 
     Raises InputError if it cannot be made.
     """

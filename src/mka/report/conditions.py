@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mka.config import ATTENTION_TITLES
+from mka.report.summary import shown_name
 from mka.results import Result, flat
 
 # Said elsewhere in the report (the rows, the seeds), or where the folder was.
@@ -13,7 +13,7 @@ NOT_LISTED = ("attention_type", "seeds", "output_dir")
 
 def configuration(rows: Sequence[Result]) -> str:
     """A table of settings; where mechanisms differ in one, each value with those that have it."""
-    settings = [(row.attention_type, flat(row.config) | counts(row)) for row in rows]
+    settings = [(shown_name(row.attention_type, row.variant), flat(row.config) | counts(row)) for row in rows]
     keys = dict.fromkeys(key for _, values in settings for key in values if key not in NOT_LISTED)
     lines = [f"| {escape(key)} | {escape(value_of(key, settings))} |\n" for key in keys]
     return "| Setting | Value |\n| :-- | :-- |\n" + "".join(lines)
@@ -26,12 +26,15 @@ def counts(row: Result) -> dict[str, Any]:
 
 
 def value_of(key: str, settings: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
-    kinds: dict[str, list[str]] = {}
-    for kind, values in settings:
-        kinds.setdefault(shown(values.get(key)), []).append(kind.upper())
-    if len(kinds) == 1:
-        return next(iter(kinds))
-    return "; ".join(f"{value} ({', '.join(dict.fromkeys(names))})" for value, names in kinds.items())
+    """The value that all have, or each with those that have it; a mechanism without that setting is passed over."""
+    names: dict[str, list[str]] = {}
+    pairs = list(settings)
+    having = [(name, shown(values[key])) for name, values in pairs if key in values]
+    for name, value in having:
+        names.setdefault(value, []).append(name)
+    if len(names) == 1 and len(having) == len(pairs):
+        return having[0][1]
+    return "; ".join(f"{value} ({', '.join(dict.fromkeys(those))})" for value, those in names.items())
 
 
 def shown(value: Any) -> str:
@@ -49,7 +52,7 @@ def environments(rows: Iterable[Result]) -> str:
         groups.setdefault(json.dumps(row.environment, sort_keys=True, default=str), []).append(row)
     texts = []
     for group in groups.values():
-        names = [kind.upper() for kind in ATTENTION_TITLES if any(row.attention_type == kind for row in group)]
+        names = dict.fromkeys(shown_name(row.attention_type, row.variant) for row in group)
         values = "".join(f"- {key}: {shown(value)}\n" for key, value in flat(group[0].environment).items())
         texts.append(f"{', '.join(names)}:\n\n" + (values or "- not recorded\n"))
     return "\n".join(texts)

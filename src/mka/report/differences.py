@@ -1,11 +1,14 @@
-"""Each mechanism against mha on the same held-out blocks: the difference, its interval, and the verdict from it."""
+"""Each mechanism against mha, and each variant against its mechanism as it is, on the same held-out blocks.
+
+The difference, its interval, and the verdict that follows from it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mka.config import ATTENTION_TITLES
+from mka.report.summary import shown_name
 from mka.results import Result
 from mka.statistics import Estimate, paired, verdict
 
@@ -14,9 +17,10 @@ BASELINE = "mha"
 
 @dataclass(frozen=True)
 class Difference:
-    """Eval loss minus the baseline's, nats per token, over `seeds` seeds that both have and `blocks` blocks."""
+    """Eval loss of `name` minus the baseline's, nats per token, over the seeds that both have and so many blocks."""
 
-    attention_type: str
+    name: str
+    baseline: str
     estimate: Estimate
     seeds: int
     blocks: int
@@ -27,21 +31,26 @@ class Difference:
         return "none" if np.isnan(low) else f"{low:+.4f} to {high:+.4f}"
 
     def line(self) -> str:
-        name, base = self.attention_type.upper(), BASELINE.upper()
         alone = "" if self.seeds > 1 else " (of these two trainings: one seed)"
         difference = f"{self.estimate.value:+.4f} nats per token ({self.interval})"
-        return f"{name} - {base}: {difference}, {verdict(self.estimate)}{alone}"
+        return f"{self.name} - {self.baseline}: {difference}, {verdict(self.estimate)}{alone}"
 
 
 def differences(rows: Sequence[Result]) -> list[Difference]:
-    """In the order of ATTENTION_TITLES; nothing without mha, or for results that keep no blocks."""
-    by_key = {row.key: np.asarray(row.eval_block_losses) for row in rows if row.eval_block_losses}
+    """In the order of the rows; nothing where there is no baseline, or for results that keep no blocks."""
+    by_arm: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    for row in rows:
+        if row.eval_block_losses:
+            by_arm.setdefault((row.attention_type, row.variant), {})[row.seed] = np.asarray(row.eval_block_losses)
     found = []
-    for kind in ATTENTION_TITLES:
-        pairs = [(losses, by_key.get((BASELINE, seed))) for (name, seed), losses in by_key.items() if name == kind]
-        same = [ours - theirs for ours, theirs in pairs if theirs is not None and ours.shape == theirs.shape]
-        if same and kind != BASELINE:
-            found.append(Difference(kind, paired(np.stack(same)), len(same), same[0].shape[0]))
+    for (kind, variant), losses in by_arm.items():
+        baseline = (kind, "") if variant and (kind, "") in by_arm else (BASELINE, "")
+        theirs = by_arm.get(baseline, {})
+        pairs = [(ours, theirs[seed]) for seed, ours in losses.items() if seed in theirs]
+        same = [ours - other for ours, other in pairs if ours.shape == other.shape]
+        if same and baseline != (kind, variant):
+            sizes = len(same), same[0].shape[0]
+            found.append(Difference(shown_name(kind, variant), shown_name(*baseline), paired(np.stack(same)), *sizes))
     return found
 
 
@@ -49,11 +58,8 @@ def differences_table(found: Sequence[Difference]) -> str:
     """Markdown; nothing for nothing."""
     if not found:
         return ""
-    base = BASELINE.upper()
-    rows = [[f"Against {base}", f"Eval loss - {base}'s", "95 % interval", ""], [":--", "--:", "--:", ":--"]]
-    for row in found:
-        shown = [row.attention_type.upper(), f"{row.estimate.value:+.4f}", row.interval, verdict(row.estimate)]
-        rows.append(shown)
+    rows = [["", "against", "Eval loss - its", "95 % interval", ""], [":--", ":--", "--:", "--:", ":--"]]
+    rows += [[d.name, d.baseline, f"{d.estimate.value:+.4f}", d.interval, verdict(d.estimate)] for d in found]
     seeds = max(row.seeds for row in found)
     over = f"{found[0].blocks:,} held-out blocks" + (f" and {seeds} seeds" if seeds > 1 else "")
     alone = "" if seeds > 1 else " With one seed it says nothing of other seeds."

@@ -14,11 +14,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from mka.report.curves import cut, mean_curve, smooth
 from mka.report.labels import label_points
-from mka.report.style import STYLES, compact, empty_figure, save_svg, title
-from mka.report.summary import Summary, latest, summarise
+from mka.report.style import Arm, Look, compact, empty_figure, looks_of, save_svg, title
+from mka.report.summary import Summary, latest, shown_name, summarise
 from mka.results import CurvePoint, Result, read_curve
 
-Curves = dict[str, list[CurvePoint]]
+Curves = dict[Arm, list[CurvePoint]]
 
 
 def save_figures(folder: Path, results: Iterable[Result]) -> list[Path]:
@@ -38,9 +38,10 @@ def save_figures(folder: Path, results: Iterable[Result]) -> list[Path]:
 
 
 def seed_means(folder: Path, rows: Sequence[Result]) -> Curves:
-    kinds = dict.fromkeys(row.attention_type for row in rows)
-    keys = [row.key for row in rows]
-    return {kind: mean_curve([read_curve(folder, *key) for key in keys if key[0] == kind]) for kind in kinds}
+    groups: dict[Arm, list[Result]] = {}
+    for row in rows:
+        groups.setdefault((row.attention_type, row.variant), []).append(row)
+    return {arm: mean_curve([read_curve(folder, *row.key) for row in group]) for arm, group in groups.items()}
 
 
 def seeds_note(rows: Sequence[Result]) -> str:
@@ -51,8 +52,9 @@ def seeds_note(rows: Sequence[Result]) -> str:
 def loss_figure(curves: Curves, against: str, note: str) -> Figure:
     """Loss against "tokens" or "seconds". The first steps are cut off, or nothing else could be told apart."""
     figure, axes = empty_figure(width=0.76)
-    for kind, points in by_final_loss(curves):
-        draw_curve(axes, kind, points, against)
+    looks = looks_of(curves)
+    for arm, points in by_final_loss(curves):
+        draw_curve(axes, arm, looks[arm], points, against)
     axes.set_ylim(*cut(curves.values()))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: compact(x)))
@@ -64,30 +66,34 @@ def loss_figure(curves: Curves, against: str, note: str) -> Figure:
     return figure
 
 
-def draw_curve(axes: Axes, kind: str, points: Sequence[CurvePoint], against: str) -> None:
-    colour, marker = STYLES[kind]
+def draw_curve(axes: Axes, arm: Arm, look: Look, points: Sequence[CurvePoint], against: str) -> None:
     train = [(getattr(point, against), point.train_loss) for point in points if point.train_loss is not None]
     held_out = [(getattr(point, against), point.eval_loss) for point in points if point.eval_loss is not None]
-    axes.plot([x for x, _ in train], smooth([y for _, y in train]), color=colour, linewidth=0.9, alpha=0.75)
-    look = {"color": colour, "marker": marker, "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.4}
-    axes.plot([x for x, _ in held_out], [y for _, y in held_out], linestyle="none", zorder=3, **look)
-    axes.plot([], [], linewidth=0.9, label=kind.upper(), **look)
+    line = {"color": look.colour, "linestyle": look.dashes, "linewidth": 0.9}
+    axes.plot([x for x, _ in train], smooth([y for _, y in train]), alpha=0.75, **line)
+    edge = look.colour if look.hollow else "white"
+    point = {"marker": look.marker, "markersize": 6.5, "markeredgecolor": edge, "markeredgewidth": 0.4}
+    point["markerfacecolor"] = "white" if look.hollow else look.colour
+    axes.plot([x for x, _ in held_out], [y for _, y in held_out], linestyle="none", zorder=3, **point)
+    axes.plot([], [], label=shown_name(*arm), **line, **point)
 
 
-def by_final_loss(curves: Curves) -> list[tuple[str, list[CurvePoint]]]:
+def by_final_loss(curves: Curves) -> list[tuple[Arm, list[CurvePoint]]]:
     """The highest curve first, so that the legend reads in the order of the curves' ends."""
-    drawn = [(kind, points) for kind, points in curves.items() if points]
-    final = {kind: [p.eval_loss for p in points if p.eval_loss is not None][-1:] for kind, points in drawn}
+    drawn = [(arm, points) for arm, points in curves.items() if points]
+    final = {arm: [p.eval_loss for p in points if p.eval_loss is not None][-1:] for arm, points in drawn}
     return sorted(drawn, key=lambda item: final[item[0]], reverse=True)
 
 
 def cache_figure(summaries: Sequence[Summary], note: str) -> Figure:
     """Perplexity against cache bytes per token (log scale); bars are a sample standard deviation over seeds."""
     figure, axes = empty_figure()
+    looks = looks_of((summary.attention_type, summary.variant) for summary in summaries)
     for summary in summaries:
-        colour, marker = STYLES[summary.attention_type]
+        drawn = looks[summary.attention_type, summary.variant]
         spread = summary.perplexity.spread
-        look = {"color": colour, "marker": marker, "markersize": 8, "capsize": 3, "elinewidth": 1}
+        look = {"color": drawn.colour, "marker": drawn.marker, "markersize": 8, "capsize": 3, "elinewidth": 1}
+        look |= {"markerfacecolor": "white"} if drawn.hollow else {}
         axes.errorbar(summary.cache_bytes_per_token, summary.perplexity.value, yerr=spread, linestyle="none", **look)
     axes.set_xscale("log", base=2)
     axes.margins(0.12)

@@ -1,9 +1,9 @@
 """How every figure looks, and how it is saved."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,6 +20,30 @@ STYLES = {
     "mka": ("#D55E00", "^"),
     "fmka": ("#0072B2", "P"),
 }
+DASHES = ("solid", "dashed", "dotted", "dashdot")
+"""The mechanism as it is, then its variants, which have hollow points."""
+
+Arm = tuple[str, str]
+"""A mechanism and its variant, "" for none."""
+
+
+class Look(NamedTuple):
+    colour: str
+    marker: str
+    dashes: str
+    hollow: bool
+
+
+def looks_of(arms: Iterable[Arm]) -> dict[Arm, Look]:
+    """Mechanisms differ in colour and marker, the variants of one in their dashes."""
+    looks: dict[Arm, Look] = {}
+    for kind, variant in arms:
+        before = sum(1 for other, name in looks if other == kind and name)
+        dashes = DASHES[1 + before % (len(DASHES) - 1)] if variant else DASHES[0]
+        looks[kind, variant] = Look(*STYLES[kind], dashes, bool(variant))
+    return looks
+
+
 SETTINGS = {
     "svg.hashsalt": "mka",
     "svg.fonttype": "none",

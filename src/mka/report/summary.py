@@ -18,9 +18,10 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One mechanism over its seeds; units as in `Result`. Memory is None unless every seed measured it."""
+    """One mechanism or variant over its seeds; units as in `Result`. Memory is None unless every seed measured it."""
 
     attention_type: str
+    variant: str
     seeds: tuple[int, ...]
     train_loss: Mean
     eval_loss: Mean
@@ -37,11 +38,11 @@ class Summary:
 
     @property
     def name(self) -> str:
-        return self.attention_type.upper()
+        return shown_name(self.attention_type, self.variant)
 
     @property
     def title(self) -> str:
-        return ATTENTION_TITLES[self.attention_type]
+        return ATTENTION_TITLES[self.attention_type] + (f", {self.variant}" if self.variant else "")
 
     @property
     def num_seeds(self) -> int:
@@ -49,28 +50,37 @@ class Summary:
 
 
 def latest(results: Iterable[Result]) -> list[Result]:
-    """The last result of each mechanism and seed, in the order of ATTENTION_TITLES, then by seed.
+    """The last result of each mechanism, variant and seed, in the order of ATTENTION_TITLES, each before its
+    variants, those as they came, then by seed.
 
     Raises InputError for a mechanism that is not there.
     """
     last = {result.key: result for result in results}
-    order = list(ATTENTION_TITLES)
-    for kind, _ in last:
-        if kind not in ATTENTION_TITLES:
-            raise unknown_name("attention_type", kind, order)
-    return sorted(last.values(), key=lambda result: (order.index(result.attention_type), result.seed))
+    kinds = list(ATTENTION_TITLES)
+    for result in last.values():
+        if result.attention_type not in ATTENTION_TITLES:
+            raise unknown_name("attention_type", result.attention_type, kinds)
+    variants = ["", *dict.fromkeys(result.variant for result in last.values() if result.variant)]
+    return sorted(last.values(), key=lambda r: (kinds.index(r.attention_type), variants.index(r.variant), r.seed))
 
 
 def summarise(results: Iterable[Result]) -> list[Summary]:
-    """One Summary a mechanism, in the order of ATTENTION_TITLES; of a repeated seed the last result counts."""
-    rows = latest(results)
-    groups = [[row for row in rows if row.attention_type == kind] for kind in ATTENTION_TITLES]
-    return [summary(group) for group in groups if group]
+    """One Summary a mechanism and variant, in the order of `latest`; of a repeated seed the last result counts."""
+    groups: dict[str, list[Result]] = {}
+    for row in latest(results):
+        groups.setdefault(row.name, []).append(row)
+    return [summary(group) for group in groups.values()]
+
+
+def shown_name(attention_type: str, variant: str) -> str:
+    """As tables and figures write it: MKA, MKA w64."""
+    return f"{attention_type.upper()} {variant}" if variant else attention_type.upper()
 
 
 def summary(rows: Sequence[Result]) -> Summary:
     return Summary(
         attention_type=rows[0].attention_type,
+        variant=rows[0].variant,
         seeds=tuple(row.seed for row in rows),
         train_loss=mean([row.train_loss for row in rows]),
         eval_loss=mean([row.eval_loss for row in rows]),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
-from mka.report.summary import Mean, Summary
+from mka.report.summary import Mean, Summary, shown_name
 from mka.results import Result
 
 MIB = 2**20
@@ -109,7 +109,7 @@ def result_lines(result: Result) -> list[str]:
     seeds = result.config.get("seeds") or ()
     seed = f" (seed {result.seed})" if len(seeds) > 1 else ""
     lines = [
-        f"📊 Results for {result.attention_type.upper()}{seed}:",
+        f"📊 Results for {shown_name(result.attention_type, result.variant)}{seed}:",
         f"  Train Loss: {result.train_loss:.4f}",
         f"  Eval Loss: {result.eval_loss:.4f}",
         f"  Perplexity: {result.perplexity:.2f}",
