@@ -22,8 +22,8 @@ from mka.storage import sync_folder, write_atomically
 
 SCHEMA_VERSION = 3
 ADDED: dict[int, dict[str, Any]] = {
-    1: {"eval_block_losses": [], "flops_per_token": None, "variant": ""},
-    2: {"variant": ""},
+    1: {"eval_block_losses": [], "flops_per_token": None, "variant": "", "busy_cores": None},
+    2: {"variant": "", "busy_cores": None},
 }
 """What results of older schema versions lack, and what stands for it."""
 
@@ -37,7 +37,8 @@ class Result:
     `eval_block_losses` are the losses of the held-out blocks one by one, in the order of the split: what makes
     mechanisms comparable on the same text. `flops_per_token` are those of matrix products, forward, the mean over the
     context. Results of schema version 1 have neither. `variant` names the options in which it differs from the
-    mechanism as the flags make it, "" for none.
+    mechanism as the flags make it, "" for none; `busy_cores` is how many cores other processes kept busy during the
+    training, the mean, where that is known.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -60,6 +61,7 @@ class Result:
     train_tokens: int
     eval_tokens: int
     skipped_steps: int
+    busy_cores: float | None = None
     config: dict[str, Any]
     environment: dict[str, Any]
 

@@ -22,6 +22,7 @@ from mka.evaluation import HeldOutLoss, held_out_loss
 from mka.experiments.comparison import Comparison, announce, prepare
 from mka.experiments.folder import identity
 from mka.experiments.launch import read_deepspeed
+from mka.experiments.neighbours import Neighbours
 from mka.experiments.progress import show_progress
 from mka.experiments.tracking import check_tracker, tracked
 from mka.models import build_model, checkpoint_blocks, matched_intermediate_size, mechanisms, model_flops, preset_config
@@ -102,7 +103,9 @@ def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
     parameters = sum(p.numel() for p in model.parameters())
     cache_bytes = sum(m.state_nbytes(1, length, CACHE_DTYPE) for m in mechanisms(model))
     checkpoints = checkpoints_of(comparison, arm, seed)
+    neighbours = Neighbours(ranks)
     run = train_model(comparison, model, arm, seed, checkpoints)
+    busy_cores = neighbours.busy_cores()
     started = time.perf_counter()
     held = evaluate(comparison, model)
     eval_seconds = time.perf_counter() - started
@@ -127,6 +130,7 @@ def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
         train_tokens=run.tokens,
         eval_tokens=held.tokens,
         skipped_steps=run.skipped_steps,
+        busy_cores=busy_cores,
         config=settings_of(comparison, arm),
         environment=comparison.environment,
     )
