@@ -18,9 +18,19 @@ from tiny_runs import TINY, Place
 SCHEMA = {
     *("schema_version", "attention_type", "seed", "train_loss", "eval_loss", "perplexity", "bits_per_byte"),
     *("train_seconds", "eval_seconds", "tokens_per_second", "parameters", "cache_bytes_per_token"),
-    *("memory_allocated", "memory_reserved", "config", "environment", "eval_block_losses", "flops_per_token"),
+    *(
+        "memory_allocated",
+        "memory_reserved",
+        "busy_cores",
+        "config",
+        "environment",
+        "eval_block_losses",
+        "flops_per_token",
+    ),
 }
-MEASURED = ("train_seconds", "eval_seconds", "tokens_per_second", "memory_allocated", "memory_reserved")
+MEASURED = (
+    *("train_seconds", "eval_seconds", "tokens_per_second", "memory_allocated", "memory_reserved", "busy_cores"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +62,9 @@ def test_the_folder_holds_everything(six: Place) -> None:
     curves = {f"curves/{kind}-seed0.jsonl" for kind in ATTENTION_TITLES}
     loadable = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     models = {f"models/{kind}-seed0/{name}" for kind in ATTENTION_TITLES for name in loadable}
-    assert names == {"config.json", "environment.json", "results.jsonl", "table.md"} | figures | curves | models
+    watched = {"costs.jsonl", "routing/mka-seed0.json", "routing/fmka-seed0.json"}
+    files = {"config.json", "environment.json", "results.jsonl", "table.md"}
+    assert names == files | figures | curves | models | watched
     assert not (folder / "checkpoints").exists(), "a training that has its result needs none"
 
 

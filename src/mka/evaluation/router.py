@@ -8,8 +8,9 @@ knock-out   the loss with a level taken away (the router divides its share among
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,17 +50,16 @@ def score_router(config: RouterConfig, say: Say) -> None:
     """Print the tables. Raises InputError for a model without memories."""
     documents = chosen_documents(config)
     model, tokenizer = load(config.model)
-    layers = [attn for attn in mechanisms(model) if isinstance(attn, MemoryAttention)]
+    layers = routed_layers(model)
     if not layers:
         raise InputError(f"model is {config.model!r}; it has no router: mka and fmka have one")
     rows = text_rows(documents, tokenizer, config)
     batches = rows.split(config.batch_size)
-    observed = [observe(model, layers, batch[:, :-1]) for batch in batches]
+    observed = watch(model, layers, [batch[:, :-1] for batch in batches])
     say(f"{len(rows)} rows of {config.length:,} tokens of {config.dataset}, {config.split} split")
     say(f"{'layer':<10} {'L1':>6} {'L2':>6} {'L3':>6} {'entropy':>8}   tokens back (median, 90 %)   time constants")
     found: list[dict[str, Any]] = []
-    for number, attn in enumerate(layers):
-        seen = Seen(*(torch.cat(parts) for parts in zip(*(batch[number] for batch in observed), strict=True)))
+    for number, (attn, seen) in enumerate(zip(layers, observed, strict=True)):
         row = layer_row(attn, seen)
         found.append({"layer": number} | row)
         far = ", ".join(f"{tokens:,.0f}" for tokens in row["distance"]) or "nothing retrieved"
@@ -74,6 +74,44 @@ def score_router(config: RouterConfig, say: Say) -> None:
     if config.output is not None:
         lines = {"model": config.model, "dataset": config.dataset, "layers": found, "knock_out": knocked}
         write_atomically(Path(config.output), json.dumps(lines) + "\n")
+
+
+def routed_layers(model: Any) -> list[MemoryAttention]:
+    """The layers that have a router; none in a model of another mechanism."""
+    return [attn for attn in mechanisms(model) if isinstance(attn, MemoryAttention)]
+
+
+def watch(model: Any, layers: list[MemoryAttention], batches: Sequence[Tensor]) -> list[Seen]:
+    """What each layer does with all rows of all batches (B, T)."""
+    observed = zip(*(observe(model, layers, batch) for batch in batches), strict=True)
+    return [Seen(*(torch.cat(parts) for parts in zip(*seen, strict=True))) for seen in observed]
+
+
+def routing_of(model: Any, batches: Sequence[Tensor], pieces: int = 16) -> dict[str, Any]:
+    """Shares by layer and piece of a row, entropy by layer, and shares of each token of the first row over all layers,
+    as `mka.observations.Routing` has them, of a model of mka or fmka."""
+    layers = routed_layers(model)
+    observed = watch(model, layers, batches)
+    length = batches[0].shape[1]
+    bounds = np.unique(np.linspace(0, length, pieces + 1).round().astype(int)).tolist()
+    rows = [layer_row(attn, seen) for attn, seen in zip(layers, observed, strict=True)]
+    choice = [seen.exists.sum(-1) > 1 for seen in observed]
+    shares = [
+        [mean_shares(seen.weights[:, a:b], some[:, a:b]) for a, b in pairwise(bounds)]
+        for seen, some in zip(observed, choice, strict=True)
+    ]
+    served = torch.stack([seen.weights[0] for seen in observed]).mean(0)
+    return {
+        "edges": bounds,
+        "shares": rounded(shares),
+        "entropy": rounded([row["entropy"] for row in rows]),
+        "served": rounded(served.tolist()),
+    }
+
+
+def rounded(values: Any) -> Any:
+    """Nested lists of numbers to four decimals."""
+    return [rounded(value) for value in values] if isinstance(values, list) else round(values, 4)
 
 
 def text_rows(documents: list[str], tokenizer: Any, config: RouterConfig) -> Tensor:
@@ -114,7 +152,7 @@ def observe(model: Any, layers: list[MemoryAttention], ids: Tensor) -> list[Seen
     found = []
     for number, (attn, state) in enumerate(zip(layers, states(cache), strict=True)):
         distance = torch.empty(0)
-        if attn.top_k:
+        if number in queries:  # a row within the window is never searched
             t = torch.arange(ids.shape[1], device=queries[number].device)
             chosen = search(index_queries(attn, queries[number]), state, attn.index_store, t[None], attn.limits)
             back = t.view(-1, 1, 1) - ((chosen.chunk + 1) * attn.chunk_size - 1)

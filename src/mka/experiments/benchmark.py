@@ -19,6 +19,7 @@ from mka.arms import Arm
 from mka.config import ATTENTION_TITLES, OPTION_FLAGS, PRESETS, BenchmarkConfig, attention_options
 from mka.distributed import Ranks, lost_ranks_said, start_ranks
 from mka.evaluation import HeldOutLoss, held_out_loss
+from mka.experiments.afterwards import observe_models
 from mka.experiments.comparison import Comparison, announce, prepare
 from mka.experiments.folder import identity
 from mka.experiments.launch import read_deepspeed
@@ -73,6 +74,8 @@ def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[
             result = run_one(comparison, arm, seed)
             if ranks.is_main:
                 on_result(result)
+    if ranks.is_main:
+        observe_models(comparison)
     with lost_ranks_said("at the end of the run"):
         ranks.part()
     return comparison.folder
