@@ -1,7 +1,7 @@
 """The command line: parse, call, exit code.
 
     mka bench ...      compare mechanisms (the same as python src/experiments/benchmark.py ...)
-    mka report DIR     redraw table and figures from a folder of results
+    mka report DIR     redraw table and figures from a folder of results; --html: a page of one or several
     mka generate ...   continue a text with a saved model
     mka chat ...       talk with one; it reads each turn once
     mka memory ...     banks of documents that a model has read: add, list, verify, remove
@@ -50,7 +50,16 @@ from mka.commands import (
     RouterConfig,
 )
 from mka.config import BenchmarkConfig, InputError
-from mka.report import console_table, differences, latest, result_lines, summarise, write_report
+from mka.report import (
+    console_table,
+    differences,
+    latest,
+    read_runs,
+    result_lines,
+    summarise,
+    write_pages,
+    write_report,
+)
 from mka.results import Result, read_results, results_path
 
 TABLE_WIDTH = 110
@@ -217,7 +226,15 @@ def is_first_rank(name: str = "RANK") -> bool:
 
 
 def run_report(config: ReportConfig) -> int:
-    return finish(Path(config.folder), plain_console())
+    """Each folder's own table and figures, then the page of all of them."""
+    console, folders = plain_console(), [Path(folder) for folder in config.folders]
+    runs = read_runs(folders)
+    for folder in folders:
+        finish(folder, console)
+    html, markdown = (None if name is None else Path(name) for name in (config.html, config.markdown))
+    for path in write_pages(runs, html, markdown):
+        console.print(f"Page     {path}")
+    return 0
 
 
 def plain_console() -> Console:

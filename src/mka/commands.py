@@ -10,10 +10,22 @@ from mka.config import InputError, LongTermConfig, check_at_least
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Redraw the table and the figures of a finished or unfinished run."""
+    """Redraw the table and the figures of finished or unfinished runs; of one or several, a page."""
 
-    folder: tyro.conf.Positional[str]
-    """Folder of a `mka bench` run."""
+    folders: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of `mka bench` runs; several stand side by side on the page."""
+    html: str | None = None
+    """Write the page: one file with everything in it, to be opened in a browser."""
+    markdown: str | None = None
+    """Write the same as Markdown."""
+
+    def __post_init__(self) -> None:
+        if not self.folders:
+            raise InputError("no folder is given; give one or more folders of `mka bench` runs")
+        if len(self.folders) > 1 and self.html is None and self.markdown is None:
+            raise InputError(
+                f"{len(self.folders)} folders are given without a page; add --html FILE or --markdown FILE"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,9 @@ from pathlib import Path
 from mka.config import InputError
 from mka.storage import write_atomically
 
+COLLAPSED = 0.05
+"""Entropy below which a router is said to have collapsed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:

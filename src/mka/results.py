@@ -148,6 +148,20 @@ def read_results(folder: Path) -> list[Result]:
     return rows
 
 
+def cut_lines(folder: Path) -> list[int]:
+    """The lines of results.jsonl that `read_results` passes over: those cut in the middle, counted from 1."""
+    lines = results_path(folder).read_bytes().split(b"\n")
+    return [number for number, line in enumerate(lines, 1) if line.strip() and not is_json(line)]
+
+
+def is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
 def parse_result(row: Any, where: str) -> Result:
     names = {field.name for field in fields(Result)}
     if isinstance(row, dict) and row.get("schema_version") in ADDED:

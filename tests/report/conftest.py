@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mka.config import ATTENTION_TITLES
+from mka.observations import Cost, Routing, write_costs, write_routing
 from mka.results import CurvePoint, Result, append_result, write_curve
 
 MakeResult = Callable[..., Result]
@@ -70,6 +71,38 @@ def build_curve(result: Result, num_steps: int = 40) -> list[CurvePoint]:
     return points
 
 
+def build_costs(kinds: Sequence[str]) -> list[Cost]:
+    return [
+        Cost(
+            name=kind,
+            tokens=512 * 2**power,
+            milliseconds=round(1.5 * 2**power * (1 + number), 4),
+            state_bytes=2**power * (4096 + 512 * number),
+            flops_per_token=1000 * 2**power,
+        )
+        for power in range(3)
+        for number, kind in enumerate(kinds)
+    ]
+
+
+def build_routing(kind: str, seed: int, words: Sequence[str] = ("def ", "<b>", "\n", "x & y", "|")) -> Routing:
+    noise = random.Random(f"routing {kind} {seed}")
+
+    def shares() -> list[float]:
+        parts = [noise.random() for _ in range(3)]
+        return [round(part / sum(parts), 4) for part in parts]
+
+    return Routing(
+        name=kind,
+        seed=seed,
+        edges=[0, 4, 8, 12],
+        shares=[[shares() for _ in range(3)] for _ in range(2)],
+        entropy=[0.9, 0.8],
+        text=list(words) * 3,
+        served=[shares() for _ in range(3 * len(words))],
+    )
+
+
 @pytest.fixture
 def make_result() -> MakeResult:
     return build_result
@@ -87,6 +120,21 @@ def fill_folder(tmp_path: Path) -> FillFolder:
         for result in [build_result(kind, seed, **changes) for seed in seeds for kind in kinds]:
             append_result(folder, result)
             write_curve(folder, *result.key, build_curve(result))
+        return folder
+
+    return fill
+
+
+@pytest.fixture
+def full_folder(fill_folder: FillFolder) -> FillFolder:
+    """The same with costs and routings."""
+
+    def fill(name: str = "run", kinds: Sequence[str] = tuple(ATTENTION_TITLES), seeds: Sequence[int] = (0,)) -> Path:
+        folder = fill_folder(name, kinds, seeds)
+        write_costs(folder, build_costs(kinds))
+        for kind in set(kinds) & {"mka", "fmka"}:
+            for seed in seeds:
+                write_routing(folder, build_routing(kind, seed))
         return folder
 
     return fill

@@ -29,13 +29,12 @@ from mka.loading import load
 from mka.memory.router import LOCAL
 from mka.memory.search import search
 from mka.models import mechanisms, memory_cache, states
+from mka.observations import COLLAPSED
 from mka.statistics import ratio, verdict
 from mka.storage import write_atomically
 
 Say = Callable[[str], None]
 LEVELS = ("L1", "L2", "L3")
-COLLAPSED = 0.05
-"""Entropy below which a router is said to have collapsed."""
 
 
 class Seen(NamedTuple):

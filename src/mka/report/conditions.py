@@ -13,10 +13,17 @@ NOT_LISTED = ("attention_type", "seeds", "output_dir")
 
 def configuration(rows: Sequence[Result]) -> str:
     """A table of settings; where mechanisms differ in one, each value with those that have it."""
-    settings = [(shown_name(row.attention_type, row.variant), flat(row.config) | counts(row)) for row in rows]
-    keys = dict.fromkeys(key for _, values in settings for key in values if key not in NOT_LISTED)
-    lines = [f"| {escape(key)} | {escape(value_of(key, settings))} |\n" for key in keys]
+    lines = [f"| {escape(name)} | {escape(value)} |\n" for name, (value,) in setting_rows([rows])]
     return "| Setting | Value |\n| :-- | :-- |\n" + "".join(lines)
+
+
+def setting_rows(runs: Sequence[Sequence[Result]]) -> list[tuple[str, list[str]]]:
+    """The name of every setting, and what it is in each run."""
+    settings = [
+        [(shown_name(row.attention_type, row.variant), flat(row.config) | counts(row)) for row in rows] for rows in runs
+    ]
+    keys = dict.fromkeys(key for run in settings for _, values in run for key in values if key not in NOT_LISTED)
+    return [(key, [value_of(key, run) for run in settings]) for key in keys]
 
 
 def counts(row: Result) -> dict[str, Any]:

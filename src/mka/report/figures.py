@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mka.report.curves import cut, mean_curve, smooth
+from mka.report.curves import cut, smooth
 from mka.report.labels import label_points
-from mka.report.style import Arm, Look, compact, empty_figure, looks_of, save_svg, title
+from mka.report.runs import Arm, seed_means
+from mka.report.style import Look, compact, empty_figure, looks_of, save_svg, title
 from mka.report.summary import Summary, latest, shown_name, summarise
-from mka.results import CurvePoint, Result, read_curve
+from mka.results import CurvePoint, Result
 
 Curves = dict[Arm, list[CurvePoint]]
 
@@ -35,13 +36,6 @@ def save_figures(folder: Path, results: Iterable[Result]) -> list[Path]:
     if rows:
         figures["perplexity_cache"] = lambda: cache_figure(summarise(rows), seeds_note(rows))
     return [save_svg(folder / "figures" / f"{name}.svg", draw) for name, draw in figures.items()]
-
-
-def seed_means(folder: Path, rows: Sequence[Result]) -> Curves:
-    groups: dict[Arm, list[Result]] = {}
-    for row in rows:
-        groups.setdefault((row.attention_type, row.variant), []).append(row)
-    return {arm: mean_curve([read_curve(folder, *row.key) for row in group]) for arm, group in groups.items()}
 
 
 def seeds_note(rows: Sequence[Result]) -> str:

@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mka.report.runs import Arm
 from mka.storage import write_atomically
 
 # Okabe and Ito's palette, which most colour-blind readers tell apart; yellow is left out, too pale on white.
@@ -22,9 +23,6 @@ STYLES = {
 }
 DASHES = ("solid", "dashed", "dotted", "dashdot")
 """The mechanism as it is, then its variants, which have hollow points."""
-
-Arm = tuple[str, str]
-"""A mechanism and its variant, "" for none."""
 
 
 class Look(NamedTuple):

@@ -5,6 +5,7 @@ No cell is marked as the best: a single difference may be noise.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import nan
 
 from rich import box
 from rich.table import Table
@@ -18,11 +19,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Cell:
-    """A number, its spread over seeds ("" for none) and its unit, all as text."""
+    """A number, its spread over seeds ("" for none) and its unit, all as text; and the number to sort by."""
 
     value: str
     spread: str = ""
     unit: str = ""
+    number: float = nan
 
     def line(self) -> str:
         spread = f" ± {self.spread}" if self.spread else ""
@@ -36,7 +38,12 @@ class Cell:
 
 def cell(mean: Mean, decimals: int, unit: str = "", scale: float = 1) -> Cell:
     spread = "" if mean.spread is None else f"{mean.spread / scale:,.{decimals}f}"
-    return Cell(f"{mean.value / scale:,.{decimals}f}", spread, unit)
+    return Cell(f"{mean.value / scale:,.{decimals}f}", spread, unit, mean.value)
+
+
+def exact(number: float | None, text: str) -> Cell:
+    """A number that does not depend on the seed."""
+    return Cell("n/a") if number is None else Cell(text.format(number), number=number)
 
 
 def rough(mean: Mean, unit: str = "") -> Cell:
@@ -73,11 +80,11 @@ COLUMNS = {
     "Memory allocated": Column(lambda s: memory_cell(s.memory_allocated), "Memory\nallocated"),
     "Memory reserved": Column(lambda s: memory_cell(s.memory_reserved)),
     "Parameters": Column(
-        lambda s: Cell(f"{s.parameters:,}"), "Param-\neters", lambda s: Cell(f"{s.parameters / 1e6:,.2f}M")
+        lambda s: exact(s.parameters, "{:,}"), "Param-\neters", lambda s: Cell(f"{s.parameters / 1e6:,.2f}M")
     ),
-    "MFLOPs/token": Column(lambda s: Cell("n/a" if s.flops_per_token is None else f"{s.flops_per_token / 1e6:,.2f}")),
-    "Cache B/token": Column(lambda s: Cell(f"{s.cache_bytes_per_token:,.0f}"), "Cache\nB/token"),
-    "Seeds": Column(lambda s: Cell(str(s.num_seeds))),
+    "MFLOPs/token": Column(lambda s: exact(None if s.flops_per_token is None else s.flops_per_token / 1e6, "{:,.2f}")),
+    "Cache B/token": Column(lambda s: exact(s.cache_bytes_per_token, "{:,.0f}"), "Cache\nB/token"),
+    "Seeds": Column(lambda s: exact(s.num_seeds, "{}")),
 }
 
 

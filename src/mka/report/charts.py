@@ -1,0 +1,188 @@
+"""What the page's charts show: points with their words, apart from how they are drawn.
+
+loss_charts    train and held-out loss against tokens, and against time
+quality_chart  held-out perplexity against cache bytes
+cost_charts    time, and bytes of the state, against the length of a row
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal, NamedTuple
+
+from mka.report.curves import cut, smooth
+from mka.report.runs import Arm, Run
+from mka.report.style import compact
+from mka.report.summary import shown_name
+from mka.results import CurvePoint
+
+LINE_POINTS = 120
+"""Points of a drawn train loss: more cannot be told apart."""
+
+
+class Point(NamedTuple):
+    """`words` is what is shown of it; low and high are the ends of its bar."""
+
+    x: float
+    y: float
+    words: str
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """`look` counts the dashes: the variants of a mechanism, and the runs, differ in it."""
+
+    label: str
+    kind: str
+    look: int
+    points: list[Point]
+    line: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    label: str
+    log: Literal[0, 2, 10] = 0
+    limits: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`table` says the same in figures: headings, then rows."""
+
+    name: str
+    title: str
+    how: str
+    x: Axis
+    y: Axis
+    series: list[Series]
+    table: tuple[list[str], list[list[str]]]
+
+
+def drawable(runs: Sequence[Run]) -> Iterator[tuple[Run, Arm, str, int]]:
+    """Every mechanism and variant of every run: its label, and the number of its look among those of its kind."""
+    seen: dict[str, int] = {}
+    for run in runs:
+        for arm in run.arms.values():
+            look = seen.setdefault(arm[0], 0)
+            seen[arm[0]] += 1
+            yield run, arm, label(run, arm, runs), look
+
+
+def label(run: Run, arm: Arm, runs: Sequence[Run]) -> str:
+    return shown_name(*arm) + (f" · {run.name}" if len(runs) > 1 else "")
+
+
+def loss_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Nothing for runs without curves."""
+    curves = [curve for run in runs for curve in run.curves.values() if curve]
+    if not curves:
+        return []
+    limits = cut([[point for point in curve if finite(point)] for curve in curves])
+    wheres: list[tuple[str, str, Callable[[CurvePoint], float]]] = [
+        ("tokens", "tokens trained on", lambda point: point.tokens),
+        ("time", "training time (s)", lambda point: point.seconds),
+    ]
+    return [loss_chart(runs, name, axis, place, limits) for name, axis, place in wheres]
+
+
+def finite(point: CurvePoint) -> bool:
+    return all(isfinite(loss) for loss in (point.train_loss, point.eval_loss) if loss is not None)
+
+
+def loss_chart(
+    runs: Sequence[Run], name: str, axis: str, place: Callable[[CurvePoint], float], limits: tuple[float, float]
+) -> Chart:
+    series: list[Series] = []
+    rows: list[list[str]] = []
+    longest: list[str] = []
+    for run, arm, text, look in drawable(runs):
+        curve = [point for point in run.curves[arm] if finite(point)]
+        looks = [(place(point), point.eval_loss) for point in curve if point.eval_loss is not None]
+        train = [(place(point), point.train_loss) for point in curve if point.train_loss is not None]
+        smoothed = smooth([y for _, y in train])
+        line = [(x, y) for (x, _), y in zip(train, smoothed, strict=True)]
+        points = [Point(x, y, f"{text}: held-out {y:.4f} at {compact(round(x))} {unit(axis)}") for x, y in looks]
+        series.append(Series(text, arm[0], look, points, thinned(line)))
+        times = [f" ({x:.1f} s)" if name == "time" else "" for x, _ in looks]
+        rows.append([text, *(f"{y:.4f}{time}" for (_, y), time in zip(looks, times, strict=True))])
+        longest = max(longest, [compact(x) for x, _ in looks], key=len)
+    number = len(longest)
+    headings = ["Held-out loss at tokens", *longest]
+    if name == "time":
+        headings = ["Held-out loss at look", *(str(look) for look in range(number))]
+    return Chart(
+        name=f"loss-{name}",
+        title=f"Loss against {'tokens' if name == 'tokens' else 'training time'}",
+        how="points: held-out loss; lines: train loss, smoothed; the first steps may lie above",
+        x=Axis(axis),
+        y=Axis("loss (nats per token)", limits=limits),
+        series=series,
+        table=(headings, [row + [""] * (number + 1 - len(row)) for row in rows]),
+    )
+
+
+def unit(axis: str) -> str:
+    return "tokens" if axis.startswith("tokens") else "s"
+
+
+def thinned(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    step = max(1, -(-len(line) // LINE_POINTS))
+    return [*line[::step], *line[-1:]] if line else []
+
+
+def quality_chart(runs: Sequence[Run]) -> Chart:
+    series, rows = [], []
+    of = {(run.name, s.attention_type, s.variant): s for run in runs for s in run.summaries}
+    for run, arm, text, look in drawable(runs):
+        summary = of[(run.name, *arm)]
+        x, y, spread = summary.cache_bytes_per_token, summary.perplexity.value, summary.perplexity.spread
+        shown = f"{y:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+        bar = (y - spread, y + spread) if spread is not None else (None, None)
+        point = Point(x, y, f"{text}: perplexity {shown}, {x:,.0f} bytes of cache a token", *bar)
+        series.append(Series(text, arm[0], look, [point] if isfinite(y) else [], []))
+        rows.append([text, f"{x:,.0f}", shown])
+    return Chart(
+        name="quality-cache",
+        title="Quality against the size of the cache",
+        how="lower left is better; bars: one standard deviation over seeds",
+        x=Axis("cache per token (bytes, bfloat16)", log=2),
+        y=Axis("held-out perplexity (per token)"),
+        series=series,
+        table=(["Mechanism", "Cache B/token", "Perplexity"], rows),
+    )
+
+
+def cost_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Nothing for runs without costs."""
+    if not any(run.costs for run in runs):
+        return []
+    return [
+        cost_chart(runs, "time", "Time against the length of a row", "one layer's forward pass (ms)", "ms"),
+        cost_chart(
+            runs, "memory", "Memory against the length of a row", "one layer's state (bytes, bfloat16)", "bytes"
+        ),
+    ]
+
+
+def cost_chart(runs: Sequence[Run], name: str, title: str, axis: str, unit: str) -> Chart:
+    series, rows = [], []
+    lengths = sorted({cost.tokens for run in runs for cost in run.costs})
+    for run, arm, text, look in drawable(runs):
+        mine = {c.tokens: c for c in run.costs if run.arms.get(c.name) == arm}
+        values = {t: c.milliseconds if name == "time" else c.state_bytes for t, c in mine.items()}
+        words = {t: f"{value:,.2f}" if name == "time" else f"{value:,}" for t, value in values.items()}
+        points = [Point(t, y, f"{text}: {words[t]} {unit} at {t:,} tokens") for t, y in sorted(values.items())]
+        series.append(Series(text, arm[0], look, points, [(point.x, point.y) for point in points]))
+        rows.append([text, *(words.get(t, "") for t in lengths)])
+    return Chart(
+        name=f"cost-{name}",
+        title=title,
+        how="one layer reads one row at once" if name == "time" else "what one layer keeps of one row, for decoding",
+        x=Axis("tokens of the row", log=2),
+        y=Axis(axis, log=10),
+        series=series,
+        table=([f"{unit} at tokens", *(f"{t:,}" for t in lengths)], rows),
+    )

@@ -1,0 +1,73 @@
+"""What ran: the command, the data, the machine and the versions, from what the results say of themselves."""
+
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from mka.arms import STUDIES
+from mka.config import ATTENTION_TITLES, PRESETS, BenchmarkConfig
+from mka.report.runs import Run
+from mka.results import Result
+
+ENVIRONMENT = (
+    *("commit", "mka", "python", "torch", "transformers"),
+    *("processor", "cores", "threads", "device", "precision"),
+)
+"""What of the environment is named; the rest stands in the folder."""
+SAID_OTHERWISE = ("attention_type", "study", "seeds", "output_dir")
+PRESET_VALUES = ("tokenizer", "sequence_length", "batch_size", "learning_rate", "max_steps")
+
+
+def command_of(run: Run) -> str:
+    """`mka bench` with the options that are not the preset's or the study's own; settings that were not recorded, such
+    as how the ranks were started, are not in it."""
+    config: dict[str, Any] = {name: value for row in reversed(run.rows) for name, value in row.config.items()}
+    arms, seeds = {row.name for row in run.rows}, sorted({row.seed for row in run.rows})
+    study = next((name for name, study in STUDIES.items() if arms == {arm.name for arm in study.arms}), None)
+    usual: dict[str, Any] = {field.name: field.default for field in fields(BenchmarkConfig)}
+    preset = PRESETS.get(config.get("preset", usual["preset"]))
+    usual |= {name: getattr(preset, name) for name in PRESET_VALUES if preset is not None}
+    usual_seeds = (0,)
+    words = ["mka", "bench"]
+    if study is not None:
+        words += ["--study", study]
+        usual |= {name: getattr(STUDIES[study], name) for name in ("max_steps", "match")}
+        usual_seeds = STUDIES[study].seeds
+    elif {row.attention_type for row in run.rows} != set(ATTENTION_TITLES):
+        words += ["--attention_type", *dict.fromkeys(row.attention_type for row in run.rows)]
+    for name, value in config.items():
+        if name in usual and name not in SAID_OTHERWISE and plain(value) != plain(usual[name]):
+            words += option(name, value)
+    if tuple(seeds) != usual_seeds:
+        words += option("seeds", seeds)
+    return shlex.join(words)
+
+
+def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def option(name: str, value: Any) -> Iterable[str]:
+    if value is True:
+        return [f"--{name}"]
+    if value is False:
+        return []
+    return [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+
+
+def fact_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Names, and a value for each run."""
+    facts: dict[str, Callable[[Result], Any]] = {
+        "seeds": lambda row: row.seed,
+        "tokens trained on": lambda row: f"{row.train_tokens:,}",
+        "tokens evaluated": lambda row: f"{row.eval_tokens:,}",
+        "hash of the data": lambda row: row.config.get("data", {}).get("corpus_fingerprint"),
+    }
+    facts |= {name: lambda row, name=name: row.environment.get(name) for name in ENVIRONMENT}
+    rows = [(name, [each_once(map(of, run.rows)) for run in runs]) for name, of in facts.items()]
+    return [("command", [command_of(run) for run in runs]), *rows]
+
+
+def each_once(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys("not recorded" if value is None else str(value) for value in values))
