@@ -22,7 +22,7 @@ from mka.training import answers_right, train_on_answers
 VOCAB_SIZE, HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 8192, 128, 2, 2
 TOKENS_A_STEP = 2048
 FULL, SHAPES = ((16, 4), (32, 8), (64, 16)), ((64, 4), (128, 8), (256, 16))
-MEMORIES: dict[str, Any] = {"chunk_size": 4, "top_k": 4}
+CHUNK_SIZE = 4
 HELD_OUT = 2**32
 """Seeds from here on are not trained on."""
 
@@ -35,6 +35,8 @@ class Example:
     """mha, mka, fmka ..."""
     local_window: int | None = 16
     """Tokens of the window; None: the whole past."""
+    top_k: int = 8
+    """Chunks of 4 tokens that mka and fmka retrieve."""
     max_steps: int = 6000
     """Optimiser steps of 2,048 tokens."""
     seed: int = 0
@@ -56,7 +58,9 @@ def main(example: Example) -> None:
         tie_word_embeddings=True,
         initializer_range=HIDDEN_SIZE**-0.5,
     )
-    options = {"local_window": example.local_window} | (MEMORIES if "mka" in example.attention_type else {})
+    options: dict[str, Any] = {"local_window": example.local_window}
+    if example.attention_type in ("mka", "fmka"):
+        options |= {"chunk_size": CHUNK_SIZE, "top_k": example.top_k}
     model = build_model(config, example.attention_type, example.seed, **options)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
