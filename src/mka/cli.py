@@ -5,7 +5,7 @@
     mka generate ...   continue a text with a saved model
     mka chat ...       talk with one; it reads each turn once
     mka memory ...     banks of documents that a model has read: add, list, verify, remove
-    mka eval ...       what a saved model can do: perplexity, router, needle, recall
+    mka eval ...       what a saved model can do: perplexity, router, needle, recall, ruler
     mka audit ...      whether an attention module leaks
 
 Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged or lost a rank, or a leak; 130 after
@@ -48,6 +48,7 @@ from mka.commands import (
     RecallConfig,
     ReportConfig,
     RouterConfig,
+    RulerConfig,
 )
 from mka.config import BenchmarkConfig, InputError
 from mka.report import (
@@ -79,6 +80,7 @@ OTHER_COMMANDS: dict[str, Any] = {
     "eval router": RouterConfig,
     "eval needle": NeedleConfig,
     "eval recall": RecallConfig,
+    "eval ruler": RulerConfig,
     "audit original": AuditOriginalConfig,
     "audit module": AuditModuleConfig,
 }
@@ -267,6 +269,7 @@ RUN: dict[type, Callable[[Any], int]] = {
     RouterConfig: printing("mka.evaluation", "score_router"),
     NeedleConfig: printing("mka.evaluation", "score"),
     RecallConfig: printing("mka.evaluation", "score"),
+    RulerConfig: printing("mka.evaluation", "score_ruler"),
     AuditOriginalConfig: printing("mka.experiments", "audit_original"),
     AuditModuleConfig: printing("mka.evaluation", "audit_module"),
 }

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mka.config import InputError, LongTermConfig, check_at_least
+from mka.config import InputError, LongTermConfig, check_at_least, unknown_name
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,38 @@ class RecallConfig(ScoreConfig):
                 raise InputError(f"shapes holds {shape!r}; give tokens/pairs, such as 64/4")
 
 
+RULER_TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_fwe", "ruler_cwe", "ruler_vt")
+RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulerConfig:
+    """RULER's synthetic tasks by lm-eval, offline: needles among filler, frequent words, chains of variables."""
+
+    model: str
+    """Folder of a saved model, or a name on the hub; any causal model of transformers."""
+    tasks: tuple[str, ...] = RULER_TASKS[:4]
+    """niah_single_1, niah_multikey_2, niah_multikey_3, ruler_fwe, ruler_cwe, ruler_vt (the last two need a tokenizer
+    whose words are short)."""
+    lengths: tuple[int, ...] = (4096,)
+    """Tokens of a prompt: 4096, 8192, ... 131072."""
+    samples: int = 10
+    """Prompts of each task and length, of 500."""
+    output: str | None = None
+    """Also write a JSON line for each row of the table to this file."""
+
+    def __post_init__(self) -> None:
+        check_at_least("samples", self.samples, 1)
+        if not self.tasks or not self.lengths:
+            raise InputError("tasks or lengths is empty; give one or more")
+        for task in self.tasks:
+            if task not in RULER_TASKS:
+                raise unknown_name("task", task, RULER_TASKS)
+        for length in self.lengths:
+            if length not in RULER_LENGTHS:
+                raise InputError(f"lengths holds {length}; allowed: {', '.join(map(str, RULER_LENGTHS))}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Which model reads which text."""
@@ -259,6 +291,7 @@ class EvalConfig:
         | Annotated[RouterConfig, tyro.conf.subcommand("router")]
         | Annotated[NeedleConfig, tyro.conf.subcommand("needle")]
         | Annotated[RecallConfig, tyro.conf.subcommand("recall")]
+        | Annotated[RulerConfig, tyro.conf.subcommand("ruler")]
     )
 
 

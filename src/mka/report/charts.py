@@ -161,9 +161,7 @@ def cost_charts(runs: Sequence[Run]) -> list[Chart]:
         return []
     return [
         cost_chart(runs, "time", "Time against the length of a row", "forward pass of one layer (ms)", "ms"),
-        cost_chart(
-            runs, "memory", "Memory against the length of a row", "state of one layer (bytes)", "bytes"
-        ),
+        cost_chart(runs, "memory", "Memory against the length of a row", "state of one layer (bytes)", "bytes"),
     ]
 
 
