@@ -192,8 +192,9 @@ class BenchmarkConfig:
     """mka keeps the session average of every so many tokens as a slot to attend to; 1: of every token."""
     session_slots: int | None = 256
     """The latest slots that mka attends to; None: all of them."""
-    match: Literal["none", "parameters", "flops"] = "none"
-    """Adjust the MLP so that every mechanism has the parameters of mha, or its FLOPs a token."""
+    match: Literal["none", "parameters", "flops", "cache"] = "none"
+    """Adjust the MLP so that every mechanism has the parameters of mha, or its FLOPs a token; or the size of the heads
+    so that every cache is as large as that of gqa."""
     output_dir: str | None = None
     """Folder of the results; default: runs/, named after the configuration."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -291,7 +292,7 @@ class ResolvedConfig(BenchmarkConfig):
         session = (self.session_decay, self.session_stride, self.session_slots)
         check_memory(self.local_window, self.chunk_size, self.top_k, *session)
         preset = PRESETS[self.preset]
-        kv_heads = self.num_groups if "gqa" in self.attention_type else 1
+        kv_heads = self.num_groups if "gqa" in self.attention_type or self.match == "cache" else 1
         check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads, "num_groups")
 
 

@@ -11,11 +11,13 @@ from mka.config import PRESETS, BenchmarkConfig, InputError, attention_options
 from mka.models import (
     build_model,
     gpt2_config,
+    match_cache,
     matched_intermediate_size,
     mechanisms,
     model_flops,
     preset_config,
 )
+from mka.models.build import CACHE_TOLERANCE
 
 CLAIMED_MILLIONS = {"quick": 5, "small": 14, "gpt2": 124}
 ALLOWED_DIFFERENCE = 0.005
@@ -83,6 +85,32 @@ def test_what_no_mlp_can_make_up_for_is_said() -> None:
     config = sizes("quick")
     with pytest.raises(InputError, match="mla alone costs more than mha with its MLP"):
         matched_intermediate_size("mla", config, kv_lora_rank=8192)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
+def test_matched_heads_give_the_cache_of_gqa(kind: str, name: str) -> None:
+    config, groups = sizes(name), 4
+    options: dict[str, Any] = attention_options(kind, BenchmarkConfig(preset=name).resolved())
+
+    def cache(model: Any) -> int:
+        return sum(attn.state_nbytes(1, config.n_positions, torch.bfloat16) for attn in mechanisms(model))
+
+    wanted = cache(empty_model("gqa", config, num_kv_heads=groups))
+    assert kind == "gqa" or abs(cache(empty_model(kind, config, **options)) / wanted - 1) > 0.05
+    options = match_cache(kind, config, groups, **options)
+    model = empty_model(kind, config, **options)
+    assert abs(cache(model) / wanted - 1) <= CACHE_TOLERANCE
+    with torch.device("meta"):
+        again = type(model)(model.config.from_dict(model.config.to_dict()))
+    assert count(again) == count(model), "a saved configuration gives the same model"
+
+
+def test_a_cache_that_cannot_be_reached_is_said() -> None:
+    with pytest.raises(
+        InputError, match=r"match is 'cache'; mka .* bytes a token and layer at the nearest, gqa with 1"
+    ):
+        match_cache("mka", sizes("quick"), 1, session_stride=1, session_slots=None, chunk_size=1)
 
 
 def test_matching_starts_from_the_width_that_was_given() -> None:

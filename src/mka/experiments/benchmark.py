@@ -26,7 +26,15 @@ from mka.experiments.launch import read_deepspeed
 from mka.experiments.neighbours import Neighbours
 from mka.experiments.progress import show_progress
 from mka.experiments.tracking import check_tracker, tracked
-from mka.models import build_model, checkpoint_blocks, matched_intermediate_size, mechanisms, model_flops, preset_config
+from mka.models import (
+    build_model,
+    checkpoint_blocks,
+    match_cache,
+    matched_intermediate_size,
+    mechanisms,
+    model_flops,
+    preset_config,
+)
 from mka.results import Result, append_result, write_curve
 from mka.training import (
     Checkpoints,
@@ -146,12 +154,14 @@ def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
 
 
 def make_model(comparison: Comparison, arm: Arm, seed: int) -> nn.Module:
-    """A GPT-2 of the preset's size; with --match its MLP makes up for what the mechanism costs."""
+    """A GPT-2 of the preset's size; with --match its MLP makes up for what the mechanism costs, or its heads do."""
     config, tokenizer = comparison.config, comparison.corpus.tokenizer
     kind, options = arm.attention_type, attention_options(arm.attention_type, config) | dict(arm.options)
     preset = replace(PRESETS[config.preset], vocab_size=tokenizer.vocab_size, sequence_length=config.sequence_length)
     gpt2 = preset_config(preset, tokenizer.eos_id)
-    if config.match != "none":
+    if config.match == "cache":
+        options = match_cache(kind, gpt2, config.num_groups, **options)
+    elif config.match != "none":
         gpt2.n_inner = matched_intermediate_size(kind, gpt2, config.match, **options)
     model = build_model(gpt2, kind, seed, **options)
     if config.gradient_checkpointing:

@@ -13,6 +13,8 @@ from mka.config import InputError, Preset
 from mka.models.families import PREFIX
 from mka.models.modeling import MODELS, memory_config
 
+CACHE_TOLERANCE = 0.05
+
 
 def gpt2_config(
     *,
@@ -106,6 +108,35 @@ def matched_intermediate_size(
             f"match is {match!r}; {attention_type} alone costs more than mha with its MLP: use other options"
         )
     return matched
+
+
+def match_cache(attention_type: str, config: GPT2Config, groups: int, **options: Any) -> dict[str, Any]:
+    """Give `config` the head size, and return the options, with which a block's cache is as large as that of gqa.
+
+    Caches are in bfloat16, of a whole context. mla keeps its head size: its latent rank is what is cached. Raises
+    InputError where the nearest size is further away than CACHE_TOLERANCE.
+    """
+    sizes = {"hidden_size": config.n_embd, "num_heads": config.n_head}
+    length, usual = config.n_positions, config.n_embd // config.n_head
+
+    def nbytes(kind: str, **more: Any) -> int:
+        return build_attention(kind, **sizes, **more).state_nbytes(1, length, torch.bfloat16)
+
+    wanted = nbytes("gqa", num_kv_heads=groups)
+    option = "kv_lora_rank" if attention_type == "mla" else "head_dim"
+    with torch.device("meta"):  # only their sizes are asked for
+        found = {size: nbytes(attention_type, **options | {option: size}) for size in range(1, 2 * config.n_embd)}
+    size = min(found, key=lambda size: (abs(found[size] - wanted), size))
+    if abs(found[size] / wanted - 1) > CACHE_TOLERANCE:
+        raise InputError(
+            f"match is 'cache'; {attention_type} with these options keeps {found[size] / length:,.0f} bytes a token "
+            f"and layer at the nearest, gqa with {groups} groups {wanted / length:,.0f}: use other options"
+        )
+    if option == "kv_lora_rank":
+        return options | {option: size}
+    if size != usual:
+        config.head_dim = size
+    return options
 
 
 def mean_flops(attn: CausalAttention, length: int) -> float:
