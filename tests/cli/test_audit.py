@@ -79,6 +79,17 @@ def test_each_leak_turns_its_checks_red(name: str, capsys: pytest.CaptureFixture
     assert status == bool(LEAKS[name])
 
 
+@pytest.mark.parametrize(("name", "decoding"), [("of_gpt2", "pass"), ("CacheWrittenLate", "FAIL")])
+def test_a_cache_of_transformers(name: str, decoding: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["module", f"{LEAKY}:{name}", "--hidden_size", 8, "--num_heads", 2, "--tokens", 12]
+    call = ["--call", "attention_mask=null"] if name == "of_gpt2" else []
+    status, out, err = run(capsys, *command, *call)
+    found = results(out)
+    assert found["decoding"] == decoding, out + err
+    assert [check for check, result in found.items() if result == "FAIL"] == ["decoding"] * (decoding == "FAIL")
+    assert status == (decoding == "FAIL")
+
+
 def test_the_pair_is_that_of_the_leak(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "module", f"{LEAKY}:OneTooFar", "--hidden_size", 8, "--tokens", 12)
     for output, source in re.findall(r"^(?:gradient|future) +FAIL .* output (\d+) from token (\d+)", out, re.MULTILINE):

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 
 class Causal(nn.Module):
@@ -115,3 +117,26 @@ class Halves(Around):
 
 def not_a_module(hidden_size: int) -> str:
     return "nothing"
+
+
+def of_gpt2(hidden_size: int, num_heads: int) -> nn.Module:
+    """transformers' own attention, which decodes with its own cache."""
+    config = GPT2Config(n_embd=hidden_size, n_head=num_heads, attn_pdrop=0.0, resid_pdrop=0.0)
+    config._attn_implementation = "sdpa"
+    return GPT2Attention(config, layer_idx=0)
+
+
+class CacheWrittenLate(nn.Module):
+    """The keys of a token reach the cache one token too late."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.inside = of_gpt2(hidden_size, num_heads)
+
+    def forward(self, x: Tensor, past_key_values: Any = None) -> Any:
+        if past_key_values is None:
+            return self.inside(x)
+        y = self.inside(x, past_key_values=past_key_values)[0]
+        if past_key_values.get_seq_length() > 2:
+            past_key_values.crop(-1)
+        return y, None

@@ -2,7 +2,9 @@
 
 y = module(x)                         y: (B, T, C), or a tuple that begins with it
 y = module(x, <mask>=...)             valid or attention_mask (true: a token), key_padding_mask (true: padding)
-y, state = module(x, state=state)     starting from module.initial_state(B): it decodes with a cache
+y, state = module(x, state=state)     starting from module.initial_state(B): it decodes with a state of its own
+y, ... = module(x, past_key_values=cache)   a cache of transformers, which it fills: token by token, as without a mask
+                                            only one token knows which keys come before it
 """
 
 import importlib
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from mka.config import InputError
 
@@ -22,6 +25,8 @@ HIDDEN_SIZE_NAMES = ("hidden_size", "embed_dim", "d_model", "dim", "n_embd", "em
 NUM_HEADS_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 MASKS = {"valid": True, "attention_mask": True, "key_padding_mask": False}
 """Names of padding masks, and what stands in them at a token."""
+CACHES = ("past_key_values", "past_key_value")
+"""Names of a cache of transformers."""
 POSITION_NAMES = ("positions", "position_ids")
 
 
@@ -58,16 +63,32 @@ class ForeignModule:
         return next((name for name in MASKS if name in self.parameters() and name not in self.call), None)
 
     @property
-    def has_state(self) -> bool:
-        return "state" in self.parameters() and hasattr(self.module, "initial_state")
+    def cache(self) -> str | None:
+        """The name of what it decodes with; None: it does not."""
+        names = self.parameters()
+        if "state" in names and hasattr(self.module, "initial_state"):
+            return "state"
+        return next((name for name in CACHES if name in names and name not in self.call), None)
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Tokens of a call in which it decodes."""
+        return (1, 3) if self.cache == "state" else (1,)
 
     def initial_state(self, rows: int) -> Any:
+        if self.cache != "state":
+            return DynamicCache()
         make: Any = self.module.initial_state
         return make(rows)
 
     def __call__(self, x: Tensor, valid: Tensor | None = None, **more: Any) -> Tensor:
         """(B, T, C) -> (B, T, C). Raises InputError where the module fails or gives something else."""
         return self.with_state(x, valid, **more)[0]
+
+    def decode(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next tokens after those of `state`: their y, and the state to go on with."""
+        y, after = self.with_state(x, **{str(self.cache): state})
+        return y, after if self.cache == "state" else state
 
     def with_state(self, x: Tensor, valid: Tensor | None = None, **more: Any) -> tuple[Tensor, Any]:
         given, names = {**self.call, **more}, self.parameters()

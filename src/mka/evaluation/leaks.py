@@ -194,13 +194,13 @@ def batch(module: ForeignModule, x: Tensor, y: Tensor) -> Finding:
 
 def decoding(module: ForeignModule, x: Tensor, y: Tensor) -> Finding:
     """Token by token, and in pieces of three. The second number of the pair is the first token of the call."""
-    if not module.has_state:
-        return Finding("decoding", "n/a", reason="no initial_state and forward(..., state=...)")
+    if module.cache is None:
+        return Finding("decoding", "n/a", reason="no initial_state and forward(..., state=...), no past_key_values")
     worst = Worst()
-    for piece in (1, 3):
+    for piece in module.pieces:
         state = module.initial_state(len(x))
         for start in range(0, x.shape[1], piece):
-            part, state = module.with_state(x[:, start : start + piece], state=state)
+            part, state = module.decode(x[:, start : start + piece], state)
             moved = difference(part, y[:, start : start + piece]).amax(0)
             output = int(moved.argmax())
             worst.note(moved[output].item(), start + output, start)
