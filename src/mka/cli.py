@@ -61,7 +61,7 @@ from mka.report import (
     write_pages,
     write_report,
 )
-from mka.results import Result, read_results, results_path
+from mka.results import Result, cut_lines, read_results, results_path
 
 TABLE_WIDTH = 110
 """Columns of the table where the output is not a terminal."""
@@ -252,6 +252,8 @@ def finish(folder: Path, console: Console) -> int:
     Console(highlight=False, width=plain_width).print(console_table(summarise(rows)))
     for difference in differences(latest(rows)):
         console.print(difference.line())
+    for number in cut_lines(folder):
+        console.print(f"warning: {results_path(folder)} is cut in line {number}: that line was passed over")
     console.print(f"Results  {results_path(folder)}\nReport   {', '.join(str(path) for path in written)}")
     return 0
 

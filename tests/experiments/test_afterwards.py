@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mka.attention import build_attention
 from mka.config import BenchmarkConfig, InputError, attention_options
@@ -69,6 +70,18 @@ def test_a_mechanism_that_is_added_is_measured_with_all_others(place: Place) -> 
     run(place, "mka")
     costs = read_costs(run(place, "mqa"))
     assert {cost.name for cost in costs} == {"mka", "mqa"}
+
+
+def test_results_are_complete_where_memory_is_too_small_for_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("mka.experiments.afterwards.measure", full)
+    ended = place.bench("--attention_type", "mqa")
+    assert ended.status == 0
+    assert "Out of memory while costs and routers were observed; all results are there" in ended.out
+    assert [row["attention_type"] for row in place.rows()] == ["mqa"]
+    assert not (place.folder / "run" / "costs.jsonl").exists()
 
 
 def test_damaged_files_are_one_line(place: Place) -> None:

@@ -167,10 +167,14 @@ def test_figures_that_are_not_numbers_are_shown_and_said(full_folder: FillFolder
     assert not re.search(r'(?:x|y|x1|y1|points|transform)="[^"]*(nan|inf)', html)
 
 
-def test_a_line_cut_in_the_middle_is_passed_over_and_said(full_folder: FillFolder) -> None:
+def test_a_line_cut_in_the_middle_is_passed_over_and_said(
+    full_folder: FillFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = full_folder(kinds=("mha", "mka"))
     whole = results_path(folder).read_bytes()
     results_path(folder).write_bytes(whole[: len(whole) - 40])
+    assert cli.main(["report", str(folder)]) == 0
+    assert "results.jsonl is cut in line 2: that line was passed over" in capsys.readouterr().out
     html, _ = pages(folder)
     assert "results.jsonl is cut in line 2: that line was passed over, all others were read." in html
     assert '<th scope="row">MHA</th>' in html

@@ -83,10 +83,20 @@ def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[
             if ranks.is_main:
                 on_result(result)
     if ranks.is_main:
-        observe_models(comparison)
+        observe(comparison)
     with lost_ranks_said("at the end of the run"):
         ranks.part()
     return comparison.folder
+
+
+def observe(comparison: Comparison) -> None:
+    """What is observed afterwards; the results are complete without it."""
+    try:
+        observe_models(comparison)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        comparison.console.print("Out of memory while costs and routers were observed; all results are there")
 
 
 def run_one(comparison: Comparison, arm: Arm, seed: int) -> Result:
