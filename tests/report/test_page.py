@@ -15,7 +15,7 @@ from mka.config import ATTENTION_TITLES
 from mka.observations import write_routing
 from mka.report import read_runs, write_pages
 from mka.report.warnings import warnings
-from mka.results import Result, append_result, curve_path, results_path
+from mka.results import CurvePoint, Result, append_result, curve_path, results_path, write_curve
 
 MakeResult = Callable[..., Result]
 FillFolder = Callable[..., Path]
@@ -125,6 +125,23 @@ def test_several_runs_stand_side_by_side(full_folder: FillFolder, fill_folder: F
     assert "mka bench --attention_type mha mka --max_steps 7" in markdown
 
 
+def test_looks_of_runs_of_other_lengths_stand_under_their_own_tokens(
+    fill_folder: FillFolder, make_result: MakeResult, tmp_path: Path
+) -> None:
+    ours, theirs = fill_folder("ours", kinds=("mha",)), fill_folder("theirs", kinds=("mha",))
+    points = [CurvePoint(step=n, tokens=100 * n, seconds=n, train_loss=9.0, eval_loss=9.0 - n) for n in (1, 2)]
+    write_curve(theirs, "mha", 0, points)
+    _, markdown = pages(ours, theirs)
+    table = markdown.partition("### Loss against tokens")[2].partition("###")[0]
+    headings, _, mine, other = [row.split(" | ") for row in table.splitlines() if row.startswith("|")]
+    assert headings[1:3] == ["100", "200"]
+    assert mine[1:3] == ["", ""]
+    assert other[1:3] == ["8.0000", "7.0000"]
+    assert set(other[3:]) <= {"", " |"}
+    table = markdown.partition("### Loss against training time")[2].partition("###")[0]
+    assert "| MHA · theirs | 8.0000 (1.0 s) | 7.0000 (2.0 s) |" in table
+
+
 def test_variants_have_their_own_marks(full_folder: FillFolder, make_result: MakeResult) -> None:
     folder = full_folder(kinds=("mha",))
     append_result(folder, make_result("mha", variant="w128", eval_loss=5.5))
@@ -159,6 +176,7 @@ def test_figures_that_are_not_numbers_are_shown_and_said(full_folder: FillFolder
     curve = curve_path(folder, "mka", 0).read_text(encoding="utf-8").splitlines()
     curve[-1] = json.dumps(json.loads(curve[-1]) | {"eval_loss": math.nan})
     curve_path(folder, "mka", 0).write_text("\n".join(curve) + "\n", encoding="utf-8")
+    assert cli.main(["report", str(folder)]) == 0
     html, markdown = pages(folder)
     check_whole(html)
     assert "MKA, seed 0: eval_loss, perplexity is not a number; it is shown as it is." in html

@@ -80,7 +80,7 @@ def loss_charts(runs: Sequence[Run]) -> list[Chart]:
     curves = [curve for run in runs for curve in run.curves.values() if curve]
     if not curves:
         return []
-    limits = cut([[point for point in curve if finite(point)] for curve in curves])
+    limits = cut(curves)
     wheres: list[tuple[str, str, Callable[[CurvePoint], float]]] = [
         ("tokens", "tokens trained on", lambda point: point.tokens),
         ("time", "training time (s)", lambda point: point.seconds),
@@ -88,31 +88,25 @@ def loss_charts(runs: Sequence[Run]) -> list[Chart]:
     return [loss_chart(runs, name, axis, place, limits) for name, axis, place in wheres]
 
 
-def finite(point: CurvePoint) -> bool:
-    return all(isfinite(loss) for loss in (point.train_loss, point.eval_loss) if loss is not None)
-
-
 def loss_chart(
     runs: Sequence[Run], name: str, axis: str, place: Callable[[CurvePoint], float], limits: tuple[float, float]
 ) -> Chart:
     series: list[Series] = []
-    rows: list[list[str]] = []
-    longest: list[str] = []
+    said: dict[str, dict[int, str]] = {}
     for run, arm, text, look in drawable(runs):
-        curve = [point for point in run.curves[arm] if finite(point)]
+        curve = run.curves[arm]
         looks = [(place(point), point.eval_loss) for point in curve if point.eval_loss is not None]
+        time = [f" ({point.seconds:.1f} s)" if name == "time" else "" for point in curve]
+        seen = zip(curve, time, strict=True)
+        said[text] = {point.tokens: f"{point.eval_loss:.4f}{at}" for point, at in seen if point.eval_loss is not None}
         train = [(place(point), point.train_loss) for point in curve if point.train_loss is not None]
         smoothed = smooth([y for _, y in train])
         line = [(x, y) for (x, _), y in zip(train, smoothed, strict=True)]
         points = [Point(x, y, f"{text}: held-out {y:.4f} at {compact(round(x))} {unit(axis)}") for x, y in looks]
         series.append(Series(text, arm[0], look, points, thinned(line)))
-        times = [f" ({x:.1f} s)" if name == "time" else "" for x, _ in looks]
-        rows.append([text, *(f"{y:.4f}{time}" for (_, y), time in zip(looks, times, strict=True))])
-        longest = max(longest, [compact(x) for x, _ in looks], key=len)
-    number = len(longest)
-    headings = ["Held-out loss at tokens", *longest]
-    if name == "time":
-        headings = ["Held-out loss at look", *(str(look) for look in range(number))]
+    columns = sorted({tokens for cells in said.values() for tokens in cells})
+    headings = ["Held-out loss at tokens", *map(compact, columns)]
+    rows = [[text, *(cells.get(tokens, "") for tokens in columns)] for text, cells in said.items()]
     return Chart(
         name=f"loss-{name}",
         title=f"Loss against {'tokens' if name == 'tokens' else 'training time'}",
@@ -120,7 +114,7 @@ def loss_chart(
         x=Axis(axis),
         y=Axis("loss (nats per token)", limits=limits),
         series=series,
-        table=(headings, [row + [""] * (number + 1 - len(row)) for row in rows]),
+        table=(headings, rows),
     )
 
 

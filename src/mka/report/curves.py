@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from math import isfinite
 from statistics import fmean
 
 from mka.results import CurvePoint
@@ -13,12 +14,17 @@ CUT = 0.2
 
 
 def mean_curve(curves: Iterable[Sequence[CurvePoint]]) -> list[CurvePoint]:
-    """The mean over seeds at every step that all curves hold; curves without points do not count."""
-    by_step = [{point.step: point for point in curve} for curve in curves if curve]
+    """The mean over seeds at every step that all curves hold; curves without points do not count, nor do points whose
+    losses are not numbers."""
+    by_step = [{point.step: point for point in curve if finite(point)} for curve in curves if curve]
     if not by_step:
         return []
     steps = sorted(set(by_step[0]).intersection(*by_step[1:]))
     return [mean_point([curve[step] for curve in by_step]) for step in steps]
+
+
+def finite(point: CurvePoint) -> bool:
+    return all(isfinite(loss) for loss in (point.train_loss, point.eval_loss) if loss is not None)
 
 
 def mean_point(points: Sequence[CurvePoint]) -> CurvePoint:

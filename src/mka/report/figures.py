@@ -6,6 +6,7 @@ perplexity_cache.svg  held-out perplexity against cache bytes per token
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -33,8 +34,9 @@ def save_figures(folder: Path, results: Iterable[Result]) -> list[Path]:
     if any(curves.values()):
         figures["loss_tokens"] = lambda: loss_figure(curves, "tokens", seeds_note(rows))
         figures["loss_time"] = lambda: loss_figure(curves, "seconds", seeds_note(rows))
-    if rows:
-        figures["perplexity_cache"] = lambda: cache_figure(summarise(rows), seeds_note(rows))
+    drawable = [summary for summary in summarise(rows) if isfinite(summary.perplexity.value)]
+    if drawable:
+        figures["perplexity_cache"] = lambda: cache_figure(drawable, seeds_note(rows))
     return [save_svg(folder / "figures" / f"{name}.svg", draw) for name, draw in figures.items()]
 
 
