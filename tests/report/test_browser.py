@@ -130,6 +130,22 @@ def test_arrow_keys_walk_over_the_marks_of_the_figure_in_focus(page: Any) -> Non
     assert tip(page) == ""
 
 
+def test_the_words_stay_beside_their_mark_while_the_page_scrolls(page: Any) -> None:
+    chart = page.find_element(By.CSS_SELECTOR, "#quality-cache svg")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
+    page.execute_script("arguments[0].focus({preventScroll: true})", chart)
+    ActionChains(page).send_keys(Keys.ARROW_RIGHT).perform()
+    distance = """
+        const [mark, tip] = [".point.on", "#tip"].map((name) => document.querySelector(name).getBoundingClientRect());
+        return Math.abs(mark.top - tip.bottom);
+    """
+    before = page.execute_script(distance)
+    settled = "scrollBy({top: 40, behavior: 'instant'}); requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
+    page.execute_async_script(settled)
+    assert page.execute_script(distance) == pytest.approx(before, abs=1)
+    assert tip(page)
+
+
 def test_the_tokens_of_a_passage_say_which_level_served_them(page: Any) -> None:
     word = page.find_element(By.CSS_SELECTOR, ".passage span")
     page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", word)

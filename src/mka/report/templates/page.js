@@ -34,7 +34,13 @@ function show(mark) {
   if (!mark) return;
   mark.classList.add("on");
   tip.textContent = mark.dataset.words;
-  const box = mark.getBoundingClientRect();
+  place();
+}
+
+// Beside its mark, also while the page scrolls under it.
+function place() {
+  if (!shown) return;
+  const box = shown.getBoundingClientRect();
   const x = Math.min(Math.max(box.left + box.width / 2 - tip.offsetWidth / 2, 4), innerWidth - tip.offsetWidth - 4);
   const above = box.top - tip.offsetHeight - 8;
   tip.style.left = `${Math.max(x, 4)}px`;
@@ -69,5 +75,5 @@ for (const chart of document.querySelectorAll("svg.chart, .passage")) {
     show(marks[next]);
   });
 }
-addEventListener("scroll", () => show(null), { passive: true });
+addEventListener("scroll", place, { passive: true, capture: true });
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => (one.open = true)));
