@@ -140,8 +140,10 @@ def test_the_words_stay_beside_their_mark_while_the_page_scrolls(page: Any) -> N
         return Math.abs(mark.top - tip.bottom);
     """
     before = page.execute_script(distance)
-    settled = "scrollBy({top: 40, behavior: 'instant'}); requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
-    page.execute_async_script(settled)
+    page.execute_async_script("""
+        scrollBy({top: 40, behavior: 'instant'});
+        requestAnimationFrame(() => requestAnimationFrame(arguments[0]));
+    """)
     assert page.execute_script(distance) == pytest.approx(before, abs=1)
     assert tip(page)
 
