@@ -64,7 +64,7 @@ WORDS = {
     "--learning_rate fast": "Error parsing --learning_rate: .*FLOAT.*'fast'",
     "--session_decay lerned": "Error parsing --session_decay: .*{learned}.*'lerned'",
     "--seeds a": r"Error parsing --seeds: .*\['a'\]",
-    "--match params": r"choice 'params' for argument '--match'. Expected one of \('none', 'parameters', 'flops'\)",
+    "--match params": r"choice 'params' for argument '--match'. Expected one of \('none', 'parameters', 'flops', 'cache'\)",
     "--learning_rate": "Missing value for argument '--learning_rate'",
     "--output_dir": "Missing value for argument '--output_dir'",
 }
@@ -298,12 +298,12 @@ def test_a_full_disk_at_the_start(place: Place, monkeypatch: pytest.MonkeyPatch)
         ("--preset quick", "--preset .*; a command comes first: bench, report, generate, chat, memory or eval"),
         ("bench --learning_rat 3", "nearest: --learning_rate"),
         ("bench --attention_type mak", "nearest: 'mka'"),
-        ("report", "Missing from mka report: .*Folder of a `mka bench` run"),
+        ("report", "no folder is given; give one or more folders of `mka bench` runs"),
         ("report nowhere", "nowhere holds no results.jsonl; give the folder of a `mka bench` run"),
         ("report empty", "empty holds no results.jsonl"),
         ("report torn", r"torn/results\.jsonl holds no finished result yet"),
         ("report foreign", r"foreign/results\.jsonl line 1 is not a result of schema version 1"),
-        ("report empty more", "Unrecognized options: more"),
+        ("report empty more", "2 folders are given without a page; add --html FILE or --markdown FILE"),
     ],
 )
 def test_mka(place: Place, refused: Callable[..., str], words: str, pattern: str) -> None:

@@ -138,7 +138,7 @@ def test_help(entry: Callable[[list[str]], int], words: str, capsys: pytest.Capt
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     if "report" in words:
-        assert "Folder of a `mka bench` run" in shown
+        assert "Folders of `mka bench` runs" in shown
         return
     flags = """
         attention_type num_groups batch_size epochs gradient_accumulation_steps learning_rate fp16 preset dataset

@@ -17,7 +17,7 @@ from mka.models import (
     model_flops,
     preset_config,
 )
-from mka.models.build import CACHE_TOLERANCE
+from mka.models.budgets import CACHE_TOLERANCE
 
 CLAIMED_MILLIONS = {"quick": 5, "small": 14, "gpt2": 124}
 ALLOWED_DIFFERENCE = 0.005

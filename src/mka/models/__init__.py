@@ -1,14 +1,12 @@
 """Hugging Face backbones with their attention replaced; importing this registers them with the Auto classes."""
 
 from mka.models.adapter import AttentionAdapter
+from mka.models.budgets import match_cache, matched_intermediate_size, model_flops
 from mka.models.build import (
     build_model,
     checkpoint_blocks,
     gpt2_config,
-    match_cache,
-    matched_intermediate_size,
     mechanisms,
-    model_flops,
     preset_config,
 )
 from mka.models.cache import REVERSIBLE, StateLayer, memory_cache, states
