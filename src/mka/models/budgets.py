@@ -1,4 +1,4 @@
-"""Equal budgets: what a model costs, and the sizes at which every mechanism has the parameters, FLOPs or cache of one."""
+"""Equal budgets: what a model costs, and the sizes at which all have the parameters, FLOPs or cache of one."""
 
 from statistics import fmean
 from typing import Any, Literal
