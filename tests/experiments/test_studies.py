@@ -33,6 +33,7 @@ def test_the_small_study_is_what_it_should_be() -> None:
 def test_what_the_command_line_gives_comes_before_the_study() -> None:
     config = BenchmarkConfig(study="small", seeds=(7,), max_steps=3, match="flops").resolved()
     assert (config.seeds, config.max_steps, config.match) == ((7,), 3, "flops")
+    assert BenchmarkConfig(study="small", match="none").resolved().match == "none"
     assert BenchmarkConfig(study="small", epochs=1).resolved().max_steps is None
     assert [arm.name for arm in BenchmarkConfig(study="top_k", attention_type=("mka",)).resolved().arms] == [
         "mka",

@@ -6,6 +6,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,29 @@ def test_a_study_is_named_in_its_command(tmp_path: Path, make_result: MakeResult
         for seed in (0, 1):
             append_result(tmp_path, make_result(kind, seed, variant=variant, config=config))
     assert "| command | mka bench --study decay --bf16 |" in pages(tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("arms", "command"),
+    [
+        (
+            {"mka": ["", "w64", "K8"]},
+            "--study window --attention_type mka && mka bench --study top_k --attention_type mka",
+        ),
+        ({"mka": [""], "fmka": ["", "no-L2"]}, "--study levels"),
+        ({"mha": ["", "w128"]}, "--study small --attention_type mha --match none --max_steps 400 --seeds 0"),
+        ({"mha": [""], "mka": [""]}, "--attention_type mha mka --max_steps 400 --seeds 0 1"),
+    ],
+)
+def test_a_command_makes_the_variants_too(
+    tmp_path: Path, make_result: MakeResult, arms: dict[str, list[str]], command: str
+) -> None:
+    seeds = (0,) if command.endswith("--seeds 0") else (0, 1)
+    for kind, variants in arms.items():
+        for variant, seed in product(variants, seeds):
+            config = {"preset": "quick", "max_steps": 400, "match": "none"}
+            append_result(tmp_path, make_result(kind, seed, variant=variant, config=config))
+    assert f"| command | mka bench {command} |" in pages(tmp_path)[1]
 
 
 def test_only_results_are_needed(tmp_path: Path, make_result: MakeResult) -> None:

@@ -20,28 +20,40 @@ PRESET_VALUES = ("tokenizer", "sequence_length", "batch_size", "learning_rate", 
 
 
 def command_of(run: Run) -> str:
-    """`mka bench` with the options that are not the preset's or the study's own; settings that were not recorded, such
-    as how the ranks were started, are not in it."""
+    """`mka bench` with the options that are not the preset's or the study's own, once for each study that the rows are
+    of; settings that were not recorded, such as how the ranks were started, are not in it."""
+    studies = studies_of({row.name for row in run.rows})
+    return " && ".join(shlex.join(words_of(run, study)) for study in studies or [None])
+
+
+def studies_of(arms: set[str]) -> list[str]:
+    """Those that train these arms and no others, if there is one; otherwise those whose variants are among them."""
+    names = {name: {arm.name for arm in study.arms} for name, study in STUDIES.items()}
+    variants = {arm.name for study in STUDIES.values() for arm in study.arms if arm.variant}
+    exact = [name for name, found in names.items() if found == arms]
+    return exact[:1] or [name for name, found in names.items() if found & arms & variants]
+
+
+def words_of(run: Run, study: str | None) -> list[str]:
     config: dict[str, Any] = {name: value for row in reversed(run.rows) for name, value in row.config.items()}
-    arms, seeds = {row.name for row in run.rows}, sorted({row.seed for row in run.rows})
-    study = next((name for name, study in STUDIES.items() if arms == {arm.name for arm in study.arms}), None)
-    usual: dict[str, Any] = {field.name: field.default for field in fields(BenchmarkConfig)}
+    kinds, seeds = list(dict.fromkeys(row.attention_type for row in run.rows)), sorted({row.seed for row in run.rows})
+    usual: dict[str, Any] = {field.name: field.default for field in fields(BenchmarkConfig)} | {"match": "none"}
     preset = PRESETS.get(config.get("preset", usual["preset"]))
     usual |= {name: getattr(preset, name) for name in PRESET_VALUES if preset is not None}
-    usual_seeds = (0,)
+    usual_kinds, usual_seeds = set(ATTENTION_TITLES), (0,)
     words = ["mka", "bench"]
     if study is not None:
         words += ["--study", study]
         usual |= {name: getattr(STUDIES[study], name) for name in ("max_steps", "match")}
-        usual_seeds = STUDIES[study].seeds
-    elif {row.attention_type for row in run.rows} != set(ATTENTION_TITLES):
-        words += ["--attention_type", *dict.fromkeys(row.attention_type for row in run.rows)]
+        usual_kinds, usual_seeds = {arm.attention_type for arm in STUDIES[study].arms}, STUDIES[study].seeds
+    if usual_kinds - set(kinds):
+        words += ["--attention_type", *(kind for kind in kinds if kind in usual_kinds)]
     for name, value in config.items():
         if name in usual and name not in SAID_OTHERWISE and plain(value) != plain(usual[name]):
             words += option(name, value)
     if tuple(seeds) != usual_seeds:
         words += option("seeds", seeds)
-    return shlex.join(words)
+    return words
 
 
 def plain(value: Any) -> Any:
