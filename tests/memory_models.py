@@ -22,10 +22,10 @@ def story(seed: int, words: int = 300) -> str:
     return " ".join(random.Random(seed).choices(WORDS.split(), k=words)) + "\n"
 
 
-def save_model(folder: Path, kind: str, std: float = 0.2) -> Path:
+def save_model(folder: Path, kind: str, std: float = 0.2, **options: Any) -> Path:
     tokenizer = load_tokenizer("bpe", [story(seed) for seed in range(9)], 300)
     sizes: dict[str, Any] = LLAMA | {"vocab_size": tokenizer.vocab_size}
     config = LlamaConfig(**sizes, eos_token_id=tokenizer.eos_id)
-    shake(build_model(config, kind, **OPTIONS[kind]), std).save_pretrained(folder)
+    shake(build_model(config, kind, **OPTIONS[kind] | options), std).save_pretrained(folder)
     tokenizer.save(folder)
     return folder

@@ -34,7 +34,7 @@ class Routing:
 
     shares   [layer][piece of the row][level], the mean over tokens that have a choice; piece i is tokens edges[i] to
              edges[i + 1] of a row
-    entropy  [layer], 1: an even mix of the levels that exist, 0: one level alone
+    entropy  [layer], 1: an even mix of the levels that exist, 0: one level alone; None where no token has a choice
     text     the first held-out row, a string for each of its tokens
     served   [token][level], the mean over layers
     """
@@ -43,7 +43,7 @@ class Routing:
     seed: int
     edges: list[int]
     shares: list[list[list[float]]]
-    entropy: list[float]
+    entropy: list[float | None]
     text: list[str]
     served: list[list[float]]
 

@@ -11,6 +11,7 @@ import torch
 
 from memory_models import save_model, story
 from mka import cli
+from mka.evaluation import routing_of
 from mka.loading import load
 from mka.memory.router import Router
 from mka.models import mechanisms
@@ -95,6 +96,19 @@ def test_an_even_router(kind: str, text: Path, tmp_path: Path, capsys: pytest.Ca
         assert layer["entropy"] == pytest.approx(1, abs=1e-5)
         assert layer["by_position"]["64"] == pytest.approx([1 / 3] * 3, abs=1e-5)
     assert "warning" not in out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_without_a_choice_has_not_collapsed(
+    kind: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_model(tmp_path / "model", kind, session_decay=None, top_k=0)
+    rows, out = found(folder, text, tmp_path, capsys)
+    assert [layer["entropy"] for layer in rows["layers"]] == [None] * len(rows["layers"])
+    assert "no choice" in out
+    assert "warning" not in out
+    model, _ = load(str(folder))
+    assert set(routing_of(model, [torch.arange(40).view(2, 20)])["entropy"]) == {None}
 
 
 @pytest.mark.parametrize("kind", KINDS)

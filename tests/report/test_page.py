@@ -237,11 +237,24 @@ def test_warnings(full_folder: FillFolder, make_result: MakeResult, tmp_path: Pa
     append_result(folder, make_result("gqa", 1, environment={"commit": "abc+"}, eval_block_losses=[4.0, 5.0]))
     (run,) = read_runs([folder])
     text = "\n".join(warnings([run]))
-    assert "The router of MKA, seed 0, layer 1 has collapsed onto L2." in text
-    assert "layer 0 has collapsed" not in text
+    assert "The router of MKA has collapsed onto L2: seed 0 in layer 1." in text
     assert "beside 1 of 4 trainings other processes kept up to 1.2 cores at work" in text
     assert "Ran with local changes: abc+." in text
     assert "Ran with 2 commits: None, abc+." in text
+
+
+def test_collapsed_routers_are_named_once_and_a_router_without_a_choice_is_none(
+    full_folder: FillFolder, tmp_path: Path
+) -> None:
+    folder = full_folder(kinds=("mka",), seeds=(0, 1, 2))
+    (run,) = read_runs([folder])
+    for routing, entropy in zip(run.routings, ([0.01, 0.02], [0.5, 0.04], [None, None]), strict=True):
+        lone = [[[1.0, 0.0, 0.0]] * 3] * 2
+        write_routing(folder, type(routing)(**vars(routing) | {"shares": lone, "entropy": entropy}))
+    (run,) = read_runs([folder])
+    said = [text for text in warnings([run]) if "router" in text]
+    assert said == ["The router of MKA has collapsed onto L1: seed 0 in layer 0 and 1; seed 1 in layer 1."]
+    assert "no choice |" in pages(folder)[1]
 
 
 def test_the_commands_answers(full_folder: FillFolder, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

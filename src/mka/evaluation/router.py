@@ -56,15 +56,17 @@ def score_router(config: RouterConfig, say: Say) -> None:
     batches = rows.split(config.batch_size)
     observed = watch(model, layers, [batch[:, :-1] for batch in batches])
     say(f"{len(rows)} rows of {config.length:,} tokens of {config.dataset}, {config.split} split")
-    say(f"{'layer':<10} {'L1':>6} {'L2':>6} {'L3':>6} {'entropy':>8}   tokens back (median, 90 %)   time constants")
+    say(f"{'layer':<10} {'L1':>6} {'L2':>6} {'L3':>6} {'entropy':>9}   tokens back (median, 90 %)   time constants")
     found: list[dict[str, Any]] = []
     for number, (attn, seen) in enumerate(zip(layers, observed, strict=True)):
         row = layer_row(attn, seen)
         found.append({"layer": number} | row)
         far = ", ".join(f"{tokens:,.0f}" for tokens in row["distance"]) or "nothing retrieved"
         slow = ", ".join(f"{tokens:,.1f}" for tokens in row["time_constants"]) or "none learned"
-        say(f"{number:<10} {levels(row['shares'])} {row['entropy']:>8.3f}   {far:<26}   {slow}")
-        if row["entropy"] < COLLAPSED:
+        mixed = row["entropy"]
+        shown = "no choice" if mixed is None else f"{mixed:.3f}"
+        say(f"{number:<10} {levels(row['shares'])} {shown:>9}   {far:<26}   {slow}")
+        if mixed is not None and mixed < COLLAPSED:
             say(f"warning: layer {number} has collapsed onto {LEVELS[int(np.argmax(row['shares']))]}")
     say(f"{'positions':<10} {'L1':>6} {'L2':>6} {'L3':>6}   mean of the layers")
     for begin, end in edges(config.length):
@@ -109,8 +111,10 @@ def routing_of(model: Any, batches: Sequence[Tensor], pieces: int = 16) -> dict[
 
 
 def rounded(values: Any) -> Any:
-    """Nested lists of numbers to four decimals."""
-    return [rounded(value) for value in values] if isinstance(values, list) else round(values, 4)
+    """Nested lists of numbers to four decimals; None stays."""
+    if isinstance(values, list):
+        return [rounded(value) for value in values]
+    return None if values is None else round(values, 4)
 
 
 def text_rows(documents: list[str], tokenizer: Any, config: RouterConfig) -> Tensor:
@@ -185,7 +189,7 @@ def layer_row(attn: MemoryAttention, seen: Seen) -> dict[str, Any]:
     }
     return {
         "shares": mean_shares(seen.weights, choice),
-        "entropy": entropy.mean().item() if len(entropy) else 0.0,
+        "entropy": entropy.mean().item() if len(entropy) else None,
         "distance": quantiles(seen.distance, 0.5, 0.9),
         "time_constants": quantiles(constants, 0.1, 0.5, 0.9),
         "by_position": by_position,

@@ -55,13 +55,13 @@ def view(name: str, title: str, routings: Sequence[Routing]) -> RouterView:
         [[fmean(seeds) for seeds in zip(*cells, strict=True)] for cells in zip(*layers, strict=True)]
         for layers in zip(*(routing.shares for routing in routings), strict=True)
     ]
-    entropy = [fmean(seeds) for seeds in zip(*(routing.entropy for routing in routings), strict=True)]
+    entropy = [mean_entropy(seeds) for seeds in zip(*(routing.entropy for routing in routings), strict=True)]
     first = routings[0]
     tokens = list(zip(first.text, first.served, strict=True))[:PASSAGE_TOKENS]
     passage = [word(text, served) for text, served in tokens]
     most = [sum(one.level == level for one in passage) for level in range(len(LEVELS))]
     rows = [
-        [str(layer), *(f"{fmean(piece[level] for piece in pieces):.3f}" for level in range(3)), f"{entropy[layer]:.3f}"]
+        [str(layer), *(f"{fmean(piece[level] for piece in pieces):.3f}" for level in range(3)), entropy[layer]]
         for layer, pieces in enumerate(shares)
     ]
     numbers = ", ".join(str(routing.seed) for routing in routings)
@@ -74,6 +74,11 @@ def view(name: str, title: str, routings: Sequence[Routing]) -> RouterView:
         passage=passage,
         served=[f"{count / max(1, len(passage)):.0%}" for count in most],
     )
+
+
+def mean_entropy(seeds: Sequence[float | None]) -> str:
+    known = [value for value in seeds if value is not None]
+    return f"{fmean(known):.3f}" if len(known) == len(seeds) else "no choice"
 
 
 def word(text: str, served: Sequence[float]) -> Word:

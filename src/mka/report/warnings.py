@@ -64,13 +64,18 @@ def indistinct(run: Run) -> Iterator[str]:
 
 
 def collapsed(run: Run) -> Iterator[str]:
+    found: dict[tuple[str, str], list[str]] = {}
     for routing in run.routings:
+        layers: dict[str, list[str]] = {}
         for layer, entropy in enumerate(routing.entropy):
-            if entropy < COLLAPSED:
+            if entropy is not None and entropy < COLLAPSED:
                 means = [sum(piece[level] for piece in routing.shares[layer]) for level in range(len(LEVELS))]
-                level = LEVELS[means.index(max(means))]
-                name = shown_name(*run.arms[routing.name])
-                yield f"The router of {name}, seed {routing.seed}, layer {layer} has collapsed onto {level}."
+                layers.setdefault(LEVELS[means.index(max(means))], []).append(str(layer))
+        for level, numbers in layers.items():
+            where = f"seed {routing.seed} in layer {' and '.join(numbers)}"
+            found.setdefault((shown_name(*run.arms[routing.name]), level), []).append(where)
+    for (name, level), places in found.items():
+        yield f"The router of {name} has collapsed onto {level}: {'; '.join(places)}."
 
 
 def busy(run: Run) -> Iterator[str]:
