@@ -143,6 +143,14 @@ def test_looks_of_runs_of_other_lengths_stand_under_their_own_tokens(
     assert "| MHA · theirs | 8.0000 (1.0 s) | 7.0000 (2.0 s) |" in table
 
 
+def test_names_are_text_and_not_markup(full_folder: FillFolder) -> None:
+    html, _ = pages(full_folder("ours"), full_folder("""a "b"<b> & 'c'"""))
+    check_whole(html)
+    assert "<b>" not in html
+    words = re.findall(r"<desc[^>]*>([^<]*)</desc>|data-words=\"([^\"]*)\"", html)
+    assert sum("a &quot;b&quot;&lt;b&gt; &amp; &#x27;c&#x27;" in "".join(pair) for pair in words) > 20
+
+
 def test_variants_have_their_own_marks(full_folder: FillFolder, make_result: MakeResult) -> None:
     folder = full_folder(kinds=("mha",))
     append_result(folder, make_result("mha", variant="w128", eval_loss=5.5))
