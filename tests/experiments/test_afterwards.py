@@ -38,6 +38,12 @@ def test_costs_are_those_of_the_mechanism(place: Place) -> None:
         assert cost.milliseconds > 0
 
 
+def test_the_time_of_a_layer_is_the_median_of_its_turns(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = iter((3.0, 9.0, 2.0) * 5)
+    monkeypatch.setattr("mka.experiments.afterwards.seconds", lambda *_: next(turns))
+    assert [cost.milliseconds for cost in read_costs(run(place, "mqa"))] == [3000] * 5
+
+
 def test_shares_are_a_distribution_over_layers_pieces_and_tokens(place: Place) -> None:
     folder = run(place, "mka", "fmka", "mha")
     assert read_routing(folder, "mha", 0) is None
