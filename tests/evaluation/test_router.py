@@ -112,6 +112,31 @@ def test_a_router_without_a_choice_has_not_collapsed(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_shares_of_each_piece_and_of_each_token_of_the_first_row(kind: str, tmp_path: Path) -> None:
+    model, _ = load(str(save_model(tmp_path / "model", kind, std=1.0)))
+    ids = torch.randint(300, (3, 32), generator=torch.manual_seed(0))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(_module: Any, inputs: Any, mix: torch.Tensor) -> None:
+        seen.append((mix, inputs[1].expand(mix.shape)))
+
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(note)
+    found = routing_of(model, [ids[:2], ids[2:]], pieces=4)
+    layers = len(mechanisms(model))
+    for number, shares in enumerate(found["shares"]):
+        mix, exists = (torch.cat(parts) for parts in zip(seen[number], seen[layers + number], strict=True))
+        for piece, share in enumerate(shares):
+            span = slice(8 * piece, 8 * piece + 8)
+            choice = exists[:, span].sum(-1) > 1
+            assert share == pytest.approx(mix[:, span][choice].mean(0).tolist(), abs=1e-4)
+    first_row = torch.stack([mix[0] for mix, _ in seen[:layers]]).mean(0)
+    assert torch.tensor(found["served"]) == pytest.approx(first_row, abs=1e-4)
+    assert found["edges"] == [0, 8, 16, 24, 32]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_distances_and_time_constants(
     kind: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

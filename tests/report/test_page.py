@@ -113,6 +113,15 @@ def test_the_same_results_give_the_same_bytes(full_folder: FillFolder) -> None:
     assert pages(folder) == pages(folder)
 
 
+def test_a_seed_trained_twice_stands_once_with_its_last_figures(full_folder: FillFolder) -> None:
+    folder = full_folder(kinds=("mha", "mka"))
+    once = pages(folder)
+    lines = results_path(folder).read_text(encoding="utf-8").splitlines()
+    earlier = json.dumps(json.loads(lines[0]) | {"eval_loss": math.nan})
+    results_path(folder).write_text("\n".join([earlier, *lines]) + "\n", encoding="utf-8")
+    assert pages(folder) == once
+
+
 def test_several_runs_stand_side_by_side(full_folder: FillFolder, fill_folder: FillFolder) -> None:
     ours, theirs = full_folder("ours"), fill_folder("theirs", kinds=("mha", "mka"), config={"max_steps": 7})
     html, markdown = pages(ours, theirs)
