@@ -154,8 +154,8 @@ def cost_charts(runs: Sequence[Run]) -> list[Chart]:
     if not any(run.costs for run in runs):
         return []
     return [
-        cost_chart(runs, "time", "Time against the length of a row", "forward pass of one layer (ms)", "ms"),
-        cost_chart(runs, "memory", "Memory against the length of a row", "state of one layer (bytes)", "bytes"),
+        cost_chart(runs, "time", "Time against the length of a row", "forward pass (ms)", "ms"),
+        cost_chart(runs, "memory", "Memory against the length of a row", "state (bytes)", "bytes"),
     ]
 
 
