@@ -43,7 +43,7 @@ def ablation(variants: Mapping[str, Mapping[str, Any]]) -> Study:
     arms = [
         Arm(kind, name, options) for kind in ("mka", "fmka") for name, options in ({"": {}} | dict(variants)).items()
     ]
-    return Study(tuple(arms), max_steps=400, seeds=(0, 1))
+    return Study(tuple(arms), max_steps=250, seeds=(0, 1))
 
 
 STUDIES = {
@@ -65,5 +65,5 @@ STUDIES = {
     "chunk": ablation({f"c{c}": {"chunk_size": c} for c in (8, 32)}),
     "top_k": ablation({f"K{k}": {"top_k": k} for k in (2, 8)}),
     "router": ablation({f"router{size}": {"router_size": size} for size in (16, 512)}),
-    "routing": Study(plain("mka", "fmka"), max_steps=400, seeds=(0, 1)),
+    "routing": Study(plain("mka", "fmka"), max_steps=250, seeds=(0, 1)),
 }
