@@ -192,9 +192,9 @@ class BenchmarkConfig:
     """mka keeps the session average of every so many tokens as a slot to attend to; 1: of every token."""
     session_slots: int | None = 256
     """The latest slots that mka attends to; None: all of them."""
-    match: Literal["none", "parameters", "flops", "cache"] | None = None
+    match: Literal["auto", "none", "parameters", "flops", "cache"] = "auto"
     """Adjust the MLP so that every mechanism has the parameters of mha, or its FLOPs a token; or the size of the heads
-    so that every cache is as large as that of gqa. Not given: none, or what the study holds equal."""
+    so that every cache is as large as that of gqa. auto: what the study holds equal; without a study, none."""
     output_dir: str | None = None
     """Folder of the results; default: runs/, named after the configuration."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -241,7 +241,7 @@ class BenchmarkConfig:
             values["max_steps"] = study.max_steps if study else preset.max_steps
         if self.seeds is None:
             values["seeds"] = study.seeds if study else (0,)
-        if self.match is None:
+        if self.match == "auto":
             values["match"] = study.match if study else "none"
         values["attention_type"] = tuple(dict.fromkeys(self.attention_type)) or tuple(
             dict.fromkeys(arm.attention_type for arm in self.arms)

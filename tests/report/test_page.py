@@ -171,7 +171,7 @@ def test_variants_have_their_own_marks(full_folder: FillFolder, make_result: Mak
 
 def test_a_study_is_named_in_its_command(tmp_path: Path, make_result: MakeResult) -> None:
     for kind, variant in (("mka", ""), ("mka", "decay0.9"), ("fmka", ""), ("fmka", "decay0.9")):
-        config = {"preset": "quick", "max_steps": 400, "match": "none", "bf16": True}
+        config = {"preset": "quick", "max_steps": 250, "match": "none", "bf16": True}
         for seed in (0, 1):
             append_result(tmp_path, make_result(kind, seed, variant=variant, config=config))
     assert "| command | mka bench --study decay --bf16 |" in pages(tmp_path)[1]
@@ -185,8 +185,8 @@ def test_a_study_is_named_in_its_command(tmp_path: Path, make_result: MakeResult
             "--study window --attention_type mka && mka bench --study top_k --attention_type mka",
         ),
         ({"mka": [""], "fmka": ["", "no-L2"]}, "--study levels"),
-        ({"mha": ["", "w128"]}, "--study small --attention_type mha --match none --max_steps 400 --seeds 0"),
-        ({"mha": [""], "mka": [""]}, "--attention_type mha mka --max_steps 400 --seeds 0 1"),
+        ({"mha": ["", "w128"]}, "--study small --attention_type mha --match none --max_steps 250 --seeds 0"),
+        ({"mha": [""], "mka": [""]}, "--attention_type mha mka --max_steps 250 --seeds 0 1"),
     ],
 )
 def test_a_command_makes_the_variants_too(
@@ -195,7 +195,7 @@ def test_a_command_makes_the_variants_too(
     seeds = (0,) if command.endswith("--seeds 0") else (0, 1)
     for kind, variants in arms.items():
         for variant, seed in product(variants, seeds):
-            config = {"preset": "quick", "max_steps": 400, "match": "none"}
+            config = {"preset": "quick", "max_steps": 250, "match": "none"}
             append_result(tmp_path, make_result(kind, seed, variant=variant, config=config))
     assert f"| command | mka bench {command} |" in pages(tmp_path)[1]
 
