@@ -64,7 +64,7 @@ WORDS = {
     "--learning_rate fast": "Error parsing --learning_rate: .*FLOAT.*'fast'",
     "--session_decay lerned": "Error parsing --session_decay: .*{learned}.*'lerned'",
     "--seeds a": r"Error parsing --seeds: .*\['a'\]",
-    "--match params": r"choice 'params' for argument '--match'. Expected one of \('auto', 'none', 'parameters', 'flops', 'cache'\)",
+    "--match params": r"choice 'params' for .*'--match'. .* \('auto', 'none', 'parameters', 'flops', 'cache'\)",
     "--learning_rate": "Missing value for argument '--learning_rate'",
     "--output_dir": "Missing value for argument '--output_dir'",
 }
