@@ -31,10 +31,8 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from mka.audit_commands import AuditConfig, AuditModuleConfig, AuditOriginalConfig
 from mka.commands import (
-    AuditConfig,
-    AuditModuleConfig,
-    AuditOriginalConfig,
     ChatConfig,
     EvalConfig,
     GenerateConfig,

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mka.commands import AuditModuleConfig
+from mka.audit_commands import AuditModuleConfig
 from mka.config import InputError
 from mka.evaluation.foreign import ForeignModule, build_foreign
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mka.commands import AuditOriginalConfig
+from mka.audit_commands import AuditOriginalConfig
 from mka.config import InputError
 from mka.data import load_corpus, prepare_tokens
 from mka.data.corpus import Corpus
