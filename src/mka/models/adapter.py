@@ -8,7 +8,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from mka.attention import CausalAttention
 from mka.memory.local import shown_here
-from mka.models.cache import StateLayer, state_layer
+from mka.models.cache import StateLayer, begin_call, state_layer
 
 PADDING_MASK = "mka_padding_mask"
 
@@ -58,6 +58,7 @@ class AttentionAdapter(nn.Module):
             layer = state_layer(past_key_values, self.layer_idx)
             if past_key_values.offloading:
                 layer.prefetch()
+            begin_call(past_key_values, layer, hidden_states, valid)
             y = layer.attend(self.attention, hidden_states, position_ids, valid)
             if past_key_values.offloading:
                 layer.offload()

@@ -48,14 +48,15 @@ def convert(model: Any, attention_type: str, **options: Any) -> Any:
     sources = [getattr(block, family.attention_name) for block in family.blocks(model)]
     with torch.no_grad():
         for source, target in zip(sources, mechanisms(converted), strict=True):
-            for name, linear in projections(source).items():
+            for name, layer in projections(source).items():
                 regroup = (groups, target.num_kv_heads) if name in ("k_proj", "v_proj") else None
-                copy_projection(linear, getattr(target, name), head_dim_of(config), regroup)
+                copy_projection(layer, getattr(target, name), head_dim_of(config), regroup)
     return converted.train(model.training)
 
 
 def projections(attention: Any) -> dict[str, dict[str, Tensor]]:
-    """q, k, v, o of a backbone's attention or of ours: weight (outputs, inputs), bias, and the weight of a norm."""
+    """q, k, v, o of a backbone's attention or of ours, and the norms of q and k where it has them: weight (outputs,
+    inputs) or (D,), and bias."""
     if isinstance(attention, AttentionAdapter):
         attention = attention.attention
     if hasattr(attention, "c_attn"):  # GPT-2 keeps q, k, v side by side, and its weights transposed
@@ -63,13 +64,9 @@ def projections(attention: Any) -> dict[str, dict[str, Tensor]]:
         biases = attention.c_attn.bias.chunk(3)
         found = {f"{x}_proj": {"weight": w, "bias": b} for x, w, b in zip("qkv", weights, biases, strict=True)}
         return found | {"o_proj": {"weight": attention.c_proj.weight.T, "bias": attention.c_proj.bias}}
-    found = {
-        name: dict(getattr(attention, name).named_parameters()) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-    }
-    for name in ("q", "k"):
-        if (norm := getattr(attention, f"{name}_norm", None)) is not None:
-            found[f"{name}_proj"]["norm.weight"] = norm.weight
-    return found
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    layers = {name: getattr(attention, name, None) for name in names}
+    return {name: dict(layer.named_parameters()) for name, layer in layers.items() if layer is not None}
 
 
 def copy_projection(
@@ -77,7 +74,7 @@ def copy_projection(
 ) -> None:
     for name, parameter in target.named_parameters():
         value = source[name]
-        if groups is not None and name in ("weight", "bias"):
+        if groups is not None:
             value = regrouped(value, head_dim, *groups)
         parameter.copy_(value)
 

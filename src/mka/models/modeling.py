@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,8 +28,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from mka.attention import ATTENTION_TYPES, CausalAttention, build_attention
+from mka.attention.grouped import GroupedAttention
 from mka.config import InputError, nearest, unknown_name
 from mka.memory.local import shown_weights
 from mka.memory.router import Router
@@ -38,18 +41,6 @@ from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of, rot
 
 FROM_CONFIG = ("hidden_size", "num_heads", "head_dim", "bias", "rotary")
 """Options of a mechanism that the backbone's configuration decides."""
-
-
-class HeadNormLinear(nn.Linear):
-    """A projection to heads of `head_dim` whose outputs are normalised head by head (Qwen3)."""
-
-    def __init__(self, linear: nn.Linear, head_dim: int, eps: float) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        self.norm = nn.RMSNorm(head_dim, eps=eps)
-
-    def forward(self, input: Tensor) -> Tensor:
-        heads = super().forward(input).unflatten(-1, (-1, *self.norm.normalized_shape))
-        return self.norm(heads.to(self.norm.weight.dtype)).to(heads.dtype).flatten(-2)
 
 
 def check_options(attention_type: str, options: dict[str, Any]) -> None:
@@ -82,9 +73,8 @@ def make_attention(config: Any) -> CausalAttention:
     for module in attention.modules():
         if config.learned_gate and isinstance(module, Router):
             module.learn_gate()
-    if family.head_norm and config.attention_type != "mla":
-        for name in ("q_proj", "k_proj"):
-            setattr(attention, name, HeadNormLinear(getattr(attention, name), head_dim, config.rms_norm_eps))
+    if family.head_norm and isinstance(attention, GroupedAttention):
+        attention.normalise_heads(config.rms_norm_eps)
     return attention
 
 
@@ -240,6 +230,11 @@ MODELS: dict[str, Any] = {
     "qwen2": MkaQwen2ForCausalLM,
     "qwen3": MkaQwen3ForCausalLM,
 }
+# Folders hold the norms of Qwen3's heads under the names of their projections, where they once were.
+register_checkpoint_conversion_mapping(
+    MkaQwen3Config.model_type,
+    [WeightRenaming(rf"attention\.{name}_proj\.norm\.", f"attention.{name}_norm.") for name in "qk"],
+)
 for model in MODELS.values():
     AutoConfig.register(model.config_class.model_type, model.config_class)
     AutoModelForCausalLM.register(model.config_class, model)
