@@ -38,8 +38,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         step = layer.weight.detach().abs().amax(1, keepdim=True) / 127
         self.weight = nn.Parameter((layer.weight.detach() / step).round().to(torch.int8), requires_grad=False)
-        self.register_buffer("step", step.float())
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+        self.step = step.float()
+        self.bias = None if layer.bias is None else layer.bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -29,6 +29,10 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
+def twice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    return 2 * output
+
+
 @pytest.mark.parametrize(("kind", "variant", "name"), LAYERS)
 def test_every_layer_is_called(kind: str, variant: str, name: str) -> None:
     checks_wrapped.assert_layer_is_called(checks.make(kind, variant), name, checks.make(kind, variant))
@@ -41,7 +45,7 @@ def test_what_changes_a_layer_of_mla_is_kept_in_decoding(how: str, name: str) ->
     attn, x = checks.make("mla", "rotary"), checks.rows(2, 20)
     plain, layer = attn(x)[0], attn.get_submodule(name)
     if how == "hook":
-        layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+        layer.register_forward_hook(twice)
     elif how == "pre-hook":
         layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
     elif how == "parametrized":
@@ -50,7 +54,7 @@ def test_what_changes_a_layer_of_mla_is_kept_in_decoding(how: str, name: str) ->
         prune.l1_unstructured(layer, "weight", 0.5)
     else:
         real: Any = layer.forward
-        layer.forward = lambda x: 2 * real(x)
+        layer.forward = lambda x: real(x) * 2
     whole = attn(x)[0]
     assert not torch.allclose(whole, plain)
     checks.close(checks_state.in_calls(attn, x, (7, 8, 15))[0], whole)

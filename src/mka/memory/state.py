@@ -212,6 +212,11 @@ class State:
             records.reserve(max(lengths) // self.entries[name].every)
         return lengths
 
+    def release(self) -> None:
+        """Give back what `reserve` has set aside for tokens that did not come."""
+        for name, records in self.stores.items():
+            records.release(max(self.lengths) // self.entries[name].every)
+
     def begin(self, counts: Sequence[int]) -> None:
         """A call brings `counts` (B,) valid tokens. Raises ValueError, with nothing changed, if a store has no room."""
         lengths = self.reserve(counts)

@@ -40,8 +40,8 @@ class StateLayer(CacheLayerMixin):
 
     def attend(self, attention: CausalAttention, x: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
         """y (B, T, C) of the next columns x (B, T, C), of which `valid` (B, T) are tokens."""
-        if self.state is None:
-            self.open(attention.initial_state(x.shape[0], x.dtype, x.device, reversible=self.reversible))
+        if self.state is None and not self.open(x):
+            self.keep(attention.initial_state(x.shape[0], x.dtype, x.device, reversible=self.reversible))
         y, self.state = attention(x, positions=positions, valid=valid, state=self.state)
         if valid is None and self.calls and self.calls[-1][1] is None:
             self.calls[-1] = (self.calls[-1][0] + x.shape[1], None)
@@ -49,17 +49,20 @@ class StateLayer(CacheLayerMixin):
             self.calls.append((x.shape[1], valid))
         return y
 
-    def open(self, state: State) -> None:
+    def open(self, x: Tensor) -> bool:
+        """Make the state for the rows of x (B, T, C) where its form is known; whether it is."""
+        if self.form is not None:
+            device = x.device if self.form.device.type == "meta" else self.form.device
+            self.keep(self.form.make(x.shape[0], device, self.reversible))
+        return self.form is not None
+
+    def keep(self, state: State) -> None:
         self.state, self.device, self.is_initialized = state, state.device, True
 
     def reserve(self, x: Tensor, counts: Sequence[int]) -> None:
-        """Make room for the next call, x (B, T, C) with `counts` (B,) tokens, where what is kept can run out of it.
-
-        Raises ValueError, with nothing written, where there is none.
-        """
-        if self.state is None and self.form is not None:
-            device = x.device if self.form.device.type == "meta" else self.form.device
-            self.open(self.form.make(x.shape[0], device, self.reversible))
+        """Make room for the next call, x (B, T, C) with `counts` (B,) tokens. Raises ValueError where there is none."""
+        if self.state is None:
+            self.open(x)
         if self.state is not None:
             self.state.reserve(counts)
 
@@ -173,8 +176,14 @@ def begin_call(cache: Cache, layer: StateLayer, x: Tensor, valid: Tensor | None)
     if layer is ours[0]:
         kept = [each for each in ours if each.form is not None]
         counts = [x.shape[1]] * x.shape[0] if valid is None or not kept else valid.sum(1).tolist()
-        for each in kept:
-            each.reserve(x, counts)
+        try:
+            for each in kept:
+                each.reserve(x, counts)
+        except InputError:
+            for each in kept:
+                if each.state is not None:
+                    each.state.release()
+            raise
         return
     first = ours[0].state
     seen = [0] * x.shape[0] if layer.state is None else layer.state.lengths
