@@ -37,7 +37,10 @@ STORED: dict[str, list[Change]] = {
     "no page stays mapped": [(disk, "SMALL_READ", 0)],
     "rows copied in pieces": [(disk, "COPY_BYTES", 16)],
     "codes compared for one query": [(search, "TILE_BYTES", 1)],
-    "few chunks re-ranked": [(search, "CENTRE_CHUNKS", 2), (search, "RERANKED_LEAST", 4), (longterm, "RUN", 2)],
+    "few chunks re-ranked": [
+        *((search, "CENTRE_CHUNKS", 2), (search, "RERANKED_LEAST", 1), (search, "RERANKED_SHARE", 3)),
+        *((search, "NEIGHBOURS", 2), (search, "PROPOSED", 1), (longterm, "RUN", 2)),
+    ],
     "documents copied in pieces": [(mka.memory.bank, "COPIED_CHUNKS", 2)],
 }
 """What chunks that are kept in host memory or in a file, and searched by codes, can meet besides."""
@@ -51,11 +54,8 @@ ALL = SWITCHES | STORED
 NO_SWITCHES = {
     "memory.bank.FORMAT",
     "memory.search.BITS_PER_NUMBER",
-    "memory.search.RERANKED_SHARE",  # what lsh finds, not how it gets there
     "memory.search.LENGTH_STEPS",
     "memory.search.LENGTH_OF_ONE",
-    "memory.search.NEIGHBOURS",
-    "memory.search.PROPOSED",
     "memory.session.SHORTEST",
     "memory.session.LONGEST",
 }
