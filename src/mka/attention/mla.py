@@ -148,8 +148,9 @@ def joined(z: Tensor, k_rope: Tensor | None) -> Tensor:
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling the layer does no more than its weight says: it is torch's own, nothing wraps it or hooks it.
 
-    Adapters and quantization put another class in its place, parametrizations too; pruning, offloading and sharding
-    hook it, or put a function of their own over its forward.
+    Adapters and quantization put another class in its place, or in that of its weight, parametrizations too; pruning,
+    offloading and sharding hook it, or put a function of their own over its forward.
     """
-    hooked = layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)
-    return type(layer) is nn.Linear and not hooked
+    if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
+        return False
+    return not (layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer))
