@@ -101,8 +101,8 @@ def test_a_result_is_synced_before_it_is_acknowledged(tmp_path: Path, monkeypatc
         '{"schema_version": 1}',
         "[1, 2]",
         "7",
-        json.dumps({**vars(make()), "schema_version": 4}),
-        json.dumps({**vars(make()), "surprise": 1}),
+        json.dumps({**vars(make()), "schema_version": 5}),
+        json.dumps({**vars(make()), "schema_version": 3, "surprise": 1}),
     ],
 )
 def test_another_schema_is_one_line_that_says_where(tmp_path: Path, line: str) -> None:
@@ -110,7 +110,7 @@ def test_another_schema_is_one_line_that_says_where(tmp_path: Path, line: str) -
     with results_path(tmp_path).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     with pytest.raises(
-        InputError, match=r"results\.jsonl line 2 is not a result of schema version 1 to 3; it says"
+        InputError, match=r"results\.jsonl line 2 is not a result of schema version 1 to 4; it says"
     ) as error:
         read_results(tmp_path)
     assert "\n" not in str(error.value)

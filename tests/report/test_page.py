@@ -233,9 +233,9 @@ def test_a_line_cut_in_the_middle_is_passed_over_and_said(
     whole = results_path(folder).read_bytes()
     results_path(folder).write_bytes(whole[: len(whole) - 40])
     assert cli.main(["report", str(folder)]) == 0
-    assert "results.jsonl is cut in line 2: that line was passed over" in capsys.readouterr().out
+    assert "results.jsonl is cut in line 2: that line was passed over\n" in capsys.readouterr().err
     html, _ = pages(folder)
-    assert "results.jsonl is cut in line 2: that line was passed over, all others were read." in html
+    assert "results.jsonl is cut in line 2: that line was passed over." in html
     assert '<th scope="row">MHA</th>' in html
     assert '<th scope="row">MKA</th>' not in html
 

@@ -24,7 +24,7 @@ ARGUMENTS = ("--preset", "tiny", "--attention_type", "mha", "fmka", "--local_win
 ARGUMENTS += ("--top_k", "2", "--max_steps", "12", "--save_steps", "3", "--keep_checkpoints", "2", "--dataset", "text")
 MEASURED = {
     *("train_seconds", "eval_seconds", "tokens_per_second"),
-    *("memory_allocated", "memory_reserved", "busy_cores", "environment"),
+    *("memory_allocated", "memory_reserved", "busy_cores", "environment", "checksum"),
 }
 """Fields of a result that no two runs share."""
 PATIENCE = 180
@@ -140,8 +140,8 @@ class Case:
         )
 
     def left_over(self) -> set[str]:
-        """What lies in the folder although all is finished: checkpoints, temporary files."""
-        names = fingerprint(self.folder)
+        """What lies in the folder although all is finished: checkpoints, temporary files; not the lock."""
+        names = set(fingerprint(self.folder)) - {".lock"}
         return {name for name in names if name.startswith("checkpoints") or is_hidden(name)}
 
     def go_on(self, defect: str = "") -> Ended:
