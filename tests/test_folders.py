@@ -1,30 +1,25 @@
 """Folders of runs and models: whole at every instant, altered never unnoticed, one writer at a time."""
 
 import json
-import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from checks_folders import assert_claims_go_by_the_folder, assert_whole_after_any_kill, is_cut, run_folder
 from disks import files
 from mka import folders, storage
 from mka.config import InputError
-from mka.folders import check_saved, claimed, note_everything, read_noted, states, write_noted
+from mka.folders import check_saved, claimed, read_noted, states, write_noted
 from mka.storage import MANIFEST, replace_folder
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run's folder with a manifest over two files."""
-    folder = tmp_path / "run"
-    write_noted(folder, folder / "config.json", "{}")
-    write_noted(folder, folder / "curves" / "mha.jsonl", "old\n")
-    note_everything(folder, ["mha-seed0"])
-    return folder
+    return run_folder(tmp_path / "run")
 
 
 def test_where_there_is_no_manifest_files_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -58,58 +53,11 @@ def test_what_is_written_is_noted_and_what_is_altered_is_refused(run: Path) -> N
     assert read_noted(run, run / "config.json") == b"{}"
 
 
-class PowerCut(BaseException):
-    """Ends what is going on as a kill does: nobody catches it."""
-
-
-@contextmanager
-def cut_at(call: int, moment: str) -> Iterator[None]:
-    """The `call`-th rename of this process is its last deed, or the one before it was."""
-    renames, replace = iter(range(1, 100)), os.replace
-
-    def struck(source: Any, target: Any) -> None:
-        last = next(renames) == call
-        if last and moment == "before":
-            raise PowerCut
-        replace(source, target)
-        if last:
-            raise PowerCut
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage.os, "replace", struck)
-        yield
-
-
-def is_cut(call: int, moment: str, work: Callable[[], None]) -> bool:
-    try:
-        with cut_at(call, moment):
-            work()
-    except PowerCut:
-        return True
-    return False
-
-
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("name", ["mha", "mka"])
 def test_a_kill_at_any_instant_leaves_a_whole_folder(run: Path, name: str, moment: str) -> None:
     """Of a file that is replaced and of a new one; what is written next is noted as ever."""
-    path = run / "curves" / f"{name}.jsonl"
-    before = read_noted(run, path)
-    for call in (1, 2, 3):
-        if before is not None:
-            write_noted(run, path, "old\n")
-        assert is_cut(call, moment, lambda: write_noted(run, path, "new\n"))
-        assert set(states(run).values()) == {"whole"}
-        assert read_noted(run, path) in (before, b"new\n")
-        write_noted(run, run / "config.json", f"[{call}]")
-        assert set(states(run).values()) == {"whole"}, "what was under way at the kill is forgotten"
-        path.write_text("old and new\n")
-        noted = states(run)  # a new file is not noted yet if the kill came before anything
-        assert noted.get(f"curves/{name}.jsonl", "altered") == "altered"
-        path.unlink()
-        note_everything(run, ())
-    assert not is_cut(4, moment, lambda: write_noted(run, path, "new\n"))
-    assert states(run)[f"curves/{name}.jsonl"] == "whole"
+    assert_whole_after_any_kill(run, run / "curves" / f"{name}.jsonl", moment)
 
 
 def test_a_reader_meanwhile_sees_the_old_or_the_new(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +93,7 @@ def test_a_manifest_that_is_altered_anywhere_is_noticed(run: Path) -> None:
         for look in (states, check_saved, folders.noted_results, lambda run: read_noted(run, run / "config.json")):
             with pytest.raises(InputError, match=r"manifest\.json is altered"):
                 look(run)
-    content: dict[str, Any] = {"content": {"files": [], "details": {}}}
-    (run / MANIFEST).write_text(storage.manifest_text(content["content"]), encoding="utf-8")
+    (run / MANIFEST).write_text(storage.manifest_text({"files": [], "details": {}}), encoding="utf-8")
     with pytest.raises(InputError, match=r"manifest\.json is altered"):
         states(run)
 
@@ -214,14 +161,8 @@ def test_the_second_is_told_and_the_claim_is_given_back(tmp_path: Path) -> None:
 
 
 def test_one_folder_by_other_names_is_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (tmp_path / "link").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
-    with claimed(folder):
-        for other in (Path("run"), tmp_path / "link", folder / ".." / "run", Path("link")):
-            with pytest.raises(InputError, match="another run is writing to"), claimed(other):
-                pytest.fail("both have it")
+    assert_claims_go_by_the_folder(tmp_path)
 
 
 def test_what_goes_wrong_inside_is_not_taken_for_the_claim(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], Mapping[str, Any]]) -> N
 
     At any instant the name holds all of the old folder, nothing, or all of the new one.
     """
-    temporary, old = (folder.with_name(f".{folder.name}.{what}") for what in ("building", "replaced"))
+    temporary, old = (folder.with_name(f".{folder.name}{what}") for what in (".building", ".old.building"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         build(temporary, fill)

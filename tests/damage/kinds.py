@@ -204,7 +204,7 @@ def ending(kind: Kind, before: Reading, found: Reading) -> Ending:
 def table(counts: dict[str, Counter[str]]) -> str:
     """Tried and how it ended, for each kind and in all."""
     endings: Iterable[str] = ("refused", "said", "rebuilt", "same", "silent")
-    rows = [("kind of file", "flips", "cuts", *endings)]
+    rows: list[tuple[str, ...]] = [("kind of file", "flips", "cuts", *endings)]
     total: Counter[str] = sum(counts.values(), Counter())
     for name, found in [*counts.items(), ("all", total)]:
         rows.append((name, *(str(found[column]) for column in ("flipped", "cut", *endings))))

@@ -13,7 +13,9 @@ import pytest
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from launch import COMMANDS, Launch
+from mka.folders import ALTERED, MISSING
 from mka.results import read_results, results_path
+from mka.verifying import all_states
 from resume import child
 from resume.child import Instant, Job
 from tiny_runs import fingerprint
@@ -143,6 +145,11 @@ class Case:
         """What lies in the folder although all is finished: checkpoints, temporary files; not the lock."""
         names = set(fingerprint(self.folder)) - {".lock"}
         return {name for name in names if name.startswith("checkpoints") or is_hidden(name)}
+
+    def altered(self) -> list[str]:
+        """What is not as its manifest says; a checkpoint that was being removed does not count."""
+        found = all_states(self.folder)
+        return [name for name, state in found if state in (ALTERED, MISSING) and not name.startswith("checkpoints/")]
 
     def go_on(self, defect: str = "") -> Ended:
         """Give the command to the end: it may not complain, nor do again what is finished."""

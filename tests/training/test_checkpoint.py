@@ -190,19 +190,7 @@ def test_weights_of_a_damaged_checkpoint_are_not_exported(tmp_path: Path, damage
 
 
 def test_weights_of_another_step_are_not_exported(tmp_path: Path) -> None:
-    """Whether that of the step is gone, or another one stands under its name; going on does not take it either."""
-    checkpoints, path, said = checkpoints_in(tmp_path), tmp_path / "model.safetensors", []
-    for step in (3, 6):
-        checkpoints.save(tiny.some_checkpoint(step))
-    storage.remove(checkpoints.folder / "step-00000006")
-    with pytest.raises(InputError, match=r"step-00000006 cannot be kept: manifest\.json cannot be read"):
-        checkpoints.export_weights(6, path)
-    (checkpoints.folder / "step-00000003").rename(checkpoints.folder / "step-00000006")
-    with pytest.raises(InputError, match="step-00000006 cannot be kept: it is of step 3"):
-        checkpoints.export_weights(6, path)
-    assert not path.exists()
-    assert checkpoints.newest(said.append) is None
-    assert said == [f"checkpoint {checkpoints.folder / 'step-00000006'} is skipped: it is of step 3"]
+    tiny.assert_exports_the_step(tmp_path)
 
 
 def test_weights_of_another_run_are_not_exported(tmp_path: Path) -> None:

@@ -97,10 +97,11 @@ def check_same_run(folder: Path, held: Mapping[str, Any], ours: Mapping[str, Any
 def read_description(folder: Path) -> dict[str, Any] | None:
     """What the folder's config.json says; None where there is none. Raises InputError for what is no such file."""
     path = folder / CONFIG
-    if not path.is_file():
+    data = read_noted(folder, path)
+    if data is None:
         return None
     try:
-        held = json.loads(read_noted(folder, path) or b"")
+        held = json.loads(data)
     except ValueError:
         held = None
     if not isinstance(held, dict):
