@@ -28,6 +28,14 @@ class ReportConfig:
             )
 
 
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Compare everything in a folder with its checksums: a line for each file; exit status 1 if one is not whole."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of a `mka bench` run or of a saved model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice(LongTermConfig):
     """A saved model, and how it continues a text."""

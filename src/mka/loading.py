@@ -10,6 +10,7 @@ from transformers.utils import logging
 import mka.models  # noqa: F401  (registers our models with the Auto classes)
 from mka.config import InputError
 from mka.data.hub import NOT_REACHED, first_line, hub_is_reachable
+from mka.folders import check_saved
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -24,12 +25,13 @@ def load_model(name: str) -> Any:
 
 
 def is_here(name: str) -> bool:
-    """Whether the name is a folder; otherwise the hub must answer."""
+    """Whether the name is a folder, of a model that is as it was saved; otherwise the hub must answer."""
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"model is {name!r}; a folder without config.json is no saved model")
     if not folder.is_dir() and not hub_is_reachable():
         raise InputError(f"model is {name!r}; {NOT_REACHED}; give the folder of a saved model")
+    check_saved(folder)
     return folder.is_dir()
 
 

@@ -30,6 +30,7 @@ SCHEMA = {
 }
 MEASURED = (
     *("train_seconds", "eval_seconds", "tokens_per_second", "memory_allocated", "memory_reserved", "busy_cores"),
+    "checksum",
 )
 
 
@@ -60,10 +61,10 @@ def test_the_folder_holds_everything(six: Place) -> None:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     figures = {f"figures/{name}.svg" for name in ("loss_tokens", "loss_time", "perplexity_cache")}
     curves = {f"curves/{kind}-seed0.jsonl" for kind in ATTENTION_TITLES}
-    loadable = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    loadable = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "manifest.json")
     models = {f"models/{kind}-seed0/{name}" for kind in ATTENTION_TITLES for name in loadable}
     watched = {"costs.jsonl", "routing/mka-seed0.json", "routing/fmka-seed0.json"}
-    files = {"config.json", "environment.json", "results.jsonl", "table.md"}
+    files = {"config.json", "environment.json", "results.jsonl", "table.md", "manifest.json", ".lock"}
     assert names == files | figures | curves | models | watched
     assert not (folder / "checkpoints").exists(), "a training that has its result needs none"
 
@@ -71,7 +72,7 @@ def test_the_folder_holds_everything(six: Place) -> None:
 def test_rows_have_the_schema_and_make_sense(six: Place) -> None:
     for row in six.rows():
         assert set(row) >= SCHEMA
-        assert set(row) == {field.name for field in fields(Result)}
+        assert set(row) == {field.name for field in fields(Result)} | {"checksum"}
         assert row["perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
         assert 0 < row["train_loss"] < 7
         assert 0 < row["bits_per_byte"] < 8

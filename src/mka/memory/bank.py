@@ -1,6 +1,6 @@
 """A bank: the chunks of documents that a model has read, kept in a folder from one process to the next.
 
-    bank.json                  what model it is of, and the form of its files
+    bank.json                  what model it is of, and the form of its files; with a checksum of itself
     documents/ID/              one folder a document, written aside and renamed once (mka.storage), ID from its text
         manifest.json          name, number, tokens, chunks; sizes and checksums of all files, checked at every opening
         000.k  000.v  ...      per block and store: records as mka.memory.store has them, chunk by chunk
@@ -31,7 +31,7 @@ from mka.memory.longterm import INDEX_STORES
 from mka.memory.places import BankLayer
 from mka.memory.state import State
 from mka.memory.store import RecordForm, Records
-from mka.storage import check_folder, locked, remove, write_folder, write_json
+from mka.storage import check_folder, checksum_of, locked, remove, write_folder, write_json
 
 FORMAT = 1
 BANK, DOCUMENTS, LOCK = "bank.json", "documents", ".lock"
@@ -86,12 +86,15 @@ class Bank:
         self.info: dict[str, Any] = {}
         try:
             self.info = json.loads((self.folder / BANK).read_text(encoding="utf-8"))
+            checksum = self.info.pop("sha256", None)  # banks had none at first
+            if checksum is not None and checksum != checksum_of(self.info):
+                raise ValueError(f"{BANK} is altered")
             if self.info["format"] != FORMAT:
                 raise InputError(f"bank is {str(folder)!r}, of format {self.info['format']}; this reads {FORMAT}")
             ours = self.info["fingerprint"]
         except OSError as error:
             raise InputError(f"bank is {str(folder)!r}; it is no bank: {BANK}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"bank is {str(folder)!r}; its {BANK} is altered; make the bank anew") from error
         if fingerprint is not None and ours != fingerprint:
             raise InputError(
@@ -106,7 +109,8 @@ class Bank:
         if not (path / BANK).exists():
             if path.exists() and (not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())):
                 raise InputError(f"bank is {str(folder)!r}; it is there and no bank; give another folder")
-            write_json(path / BANK, {"format": FORMAT, "fingerprint": fingerprint})
+            info = {"format": FORMAT, "fingerprint": fingerprint}
+            write_json(path / BANK, info | {"sha256": checksum_of(info)})
         return cls(folder, fingerprint)
 
     # Documents.

@@ -24,7 +24,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     found = [
         f"{run.name}: {text}" if len(runs) > 1 else text
         for run in runs
-        for of in (cut, not_finite, few_seeds, indistinct, collapsed, busy, changed)
+        for of in (lost, not_finite, few_seeds, indistinct, collapsed, busy, changed)
         for text in of(run)
     ]
     return [*different(runs), *found]
@@ -37,9 +37,9 @@ def different(runs: Sequence[Run]) -> Iterator[str]:
         yield f"The runs differ in {', '.join(names)}: their losses do not compare."
 
 
-def cut(run: Run) -> Iterator[str]:
-    for number in run.cut:
-        yield f"results.jsonl is cut in line {number}: that line was passed over, all others were read."
+def lost(run: Run) -> Iterator[str]:
+    for remark in run.remarks:
+        yield f"{remark}."
 
 
 def not_finite(run: Run) -> Iterator[str]:
