@@ -62,6 +62,10 @@ def checked(model: Any, info: dict[str, Any], name: str, here: bool) -> Any:
 
     Weights that config.json rounds are said on stderr. Raises InputError.
     """
+    if hasattr(model, "peft_config"):  # the loading info is the adapter's, and a bank would not know its settings
+        raise InputError(
+            f"model is {name!r}; it holds an adapter; save it merged: PeftModel.merge_and_unload().save_pretrained(...)"
+        )
     check_loaded(model, info, name)
     folder = Path(name) if here else downloaded_to(name)
     if folder is not None and (line := check_precision(model, folder)):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, LlamaForSequenceClassification
@@ -152,15 +152,15 @@ UP, Q = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"
 HOOKED = "computes more than its weights: a hook is called with it, by "
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "adapter in the MLP": (
-        changed(lambda m: m.add_adapter(LoraConfig(target_modules=["up_proj"], **LORA))),
+        changed(lambda m: inject_adapter_in_model(LoraConfig(target_modules=["up_proj"], **LORA), m)),
         "model.layers.0.mlp.up_proj is a peft.tuners.lora.layer.Linear, .*merge the adapter first",
     ),
     "adapter in GPT-2's attention": (
-        changed(lambda m: m.add_adapter(LoraConfig(target_modules=["c_attn"], **LORA)), gpt2),
+        changed(lambda m: inject_adapter_in_model(LoraConfig(target_modules=["c_attn"], **LORA), m), gpt2),
         "transformer.h.0.attn.c_attn is a peft.*merge the adapter first",
     ),
     "adapter on our router": (
-        changed(lambda m: m.add_adapter(LoraConfig(target_modules=["router.output"], **LORA)), ours),
+        changed(lambda m: inject_adapter_in_model(LoraConfig(target_modules=["router.output"], **LORA), m), ours),
         "attention.router.output is a peft.*merge the adapter first",
     ),
     "PEFT model": (

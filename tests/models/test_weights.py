@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import checks
 from checks_models import BACKBONES, LLAMA, TOKEN_IDS, make_model, shake, tokens
@@ -156,6 +159,23 @@ def test_the_report_is_transformers_own_for_who_asks(tmp_path: Path) -> None:
     drawn = AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
     assert drawn.model.layers[0].mlp.up_proj.weight.shape == (40, 32)
     assert torch.equal(drawn.model.norm.weight, model.model.norm.weight)
+
+
+@pytest.mark.skipif(Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason="transformers wants a newer peft")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_beside_the_weights(tmp_path: Path) -> None:
+    """It is loaded on top of weights that are all there; the commands want it merged."""
+    model = make_model("llama", "mka")
+    saved(tmp_path, model)
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    for path in (tmp_path / "adapter").glob("adapter_*"):
+        path.rename(tmp_path / path.name)
+    checks.close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+    line = f"model is {str(tmp_path)!r}; it holds an adapter; save it merged"
+    assert refused(by_command, tmp_path).startswith(line)
+    rewrite(tmp_path, without("mlp"))
+    assert "gate_proj.weight is missing" in refused(AutoModelForCausalLM.from_pretrained, tmp_path)
 
 
 PRECISIONS = [

@@ -157,8 +157,13 @@ class MemoryModel(PreTrainedModel):
         report, drawn = kwargs.pop("output_loading_info", False), kwargs.pop("ignore_mismatched_sizes", False)
         loaded: Any = super().from_pretrained(*args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True)
         model, info = loaded
-        check_loaded(model, info, model.name_or_path, shapes=not drawn)
+        check_loaded(model, vars(model).pop("_weights_report", info), model.name_or_path, shapes=not drawn)
         return (model, info) if report else model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Keeps the report on the weights: where an adapter lies beside them, transformers returns the adapter's."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        self._weights_report = loading_info.to_dict()
 
 
 def residual_std(config: Any) -> float:
