@@ -101,6 +101,8 @@ class MemoryAddConfig(BankConfig):
     """Folder of a saved model of mka or fmka, or a name on the hub; a bank is of one model."""
     piece: int = 4096
     """Tokens read at a time; peak memory is that of a piece."""
+    replace: bool = False
+    """Take out what the bank has under a document's name, once the document itself is in."""
 
     def __post_init__(self) -> None:
         check_at_least("piece", self.piece, 1)

@@ -12,6 +12,7 @@ import torch
 from checks import TOLERANCE
 from mka.config import ATTENTION_TITLES
 from mka.data import load_corpus, prepare_tokens
+from mka.evaluation import HeldOutLoss
 from mka.results import CurvePoint, Result, read_curve, read_results
 from tiny_runs import TINY, Place
 
@@ -54,6 +55,19 @@ def train_blocks(place: Place) -> int:
 
 def test_all_six_run_when_none_is_named(six: Place) -> None:
     assert six.keys() == [(kind, 0) for kind in ATTENTION_TITLES]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e9])
+def test_a_held_out_loss_without_a_perplexity_is_no_result(
+    loss: float, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mka.experiments.benchmark.held_out_loss", lambda *_: HeldOutLoss(loss, 1, 1, (loss,)))
+    monkeypatch.setattr("mka.training.loop.check_finite", lambda value, _what: value)
+    ended = place.bench("--attention_type", "mha")
+    assert ended.status == 1
+    said = f"mka: mha, seed 0: the held-out loss is {loss:.6g}, and its perplexity no finite number: no result\n"
+    assert ended.err == said
+    assert not (place.folder / "run" / "results.jsonl").exists()
 
 
 def test_the_folder_holds_everything(six: Place) -> None:

@@ -5,6 +5,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -268,6 +269,17 @@ def test_warnings(full_folder: FillFolder, make_result: MakeResult, tmp_path: Pa
     assert "beside 1 of 4 trainings other processes kept up to 1.2 cores at work" in text
     assert "Ran with local changes: abc+." in text
     assert "Ran with 2 commits: None, abc+." in text
+
+
+def test_a_warning_where_there_is_no_verdict(full_folder: FillFolder, make_result: MakeResult) -> None:
+    folder = full_folder(kinds=("mha",), seeds=(0,))
+    losses = make_result("mha").eval_block_losses
+    spoilt = make_result("gqa", eval_block_losses=[*losses[1:], math.nan], eval_loss=math.nan)
+    (run,) = read_runs([folder])
+    rows = [*run.rows, spoilt, make_result("mqa", eval_block_losses=losses)]
+    text = "\n".join(warnings([replace(run, rows=rows)]))
+    assert "No verdict, one held-out block or a loss that is no number has no interval: GQA and MHA." in text
+    assert "Not distinguishable, the interval holds 0: MQA and MHA." in text
 
 
 def test_collapsed_routers_are_named_once_and_a_router_without_a_choice_is_none(

@@ -221,7 +221,7 @@ def knock_out(model: Any, layers: list[MemoryAttention], batches: Any, say: Say)
                 add(attn.router.register_forward_pre_hook(take_away))
             difference = ratio(row_losses(model, batches) - whole, np.ones(len(whole)))
         say(f"without {name}: {shown(difference, signed=True)}  nats per token, {verdict(difference)}")
-        found[name] = difference._asdict()
+        found[name] = difference.record()
     return found
 
 

@@ -4,6 +4,7 @@ corpus -> tokens -> same batches in the same order -> model with one mechanism -
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -138,6 +139,8 @@ def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
     started = time.perf_counter()
     held = evaluate(comparison, model)
     eval_seconds = time.perf_counter() - started
+    if not math.isfinite(held.perplexity):  # every rank has the same sums
+        raise NonFiniteLoss(f"the held-out loss is {held.loss:.6g}, and its perplexity no finite number: no result")
     peak = highest(ranks, memory.peak())
     result = Result(
         attention_type=arm.attention_type,

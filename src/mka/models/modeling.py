@@ -38,6 +38,7 @@ from mka.memory.local import shown_weights
 from mka.memory.router import Router
 from mka.models.adapter import PADDING_MASK, AttentionAdapter
 from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of, rotary_of, window_of
+from mka.models.weights import check_loaded
 
 FROM_CONFIG = ("hidden_size", "num_heads", "head_dim", "bias", "rotary")
 """Options of a mechanism that the backbone's configuration decides."""
@@ -139,20 +140,20 @@ class MemoryModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, in which a weight of another shape is one line that names it."""
-        if kwargs.get("ignore_mismatched_sizes"):
-            return super().from_pretrained(*args, **kwargs)
-        report = kwargs.pop("output_loading_info", False)
+        """transformers' own, in which a weight that is missing, left out or of another shape is one line with its name.
+
+        `ignore_mismatched_sizes=True` draws those of another shape anew, as there. Raises InputError.
+        """
+        report, drawn = kwargs.pop("output_loading_info", False), kwargs.pop("ignore_mismatched_sizes", False)
         loaded: Any = super().from_pretrained(*args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True)
         model, info = loaded
-        if found := sorted(info["mismatched_keys"]):
-            name, saved, wanted = found[0]
-            others = f" ({len(found)} weights do not fit)" if len(found) > 1 else ""
-            raise InputError(
-                f"{name} is {tuple(saved)} in the folder and {tuple(wanted)} in the model; the options in "
-                f"config.json are not those of the weights{others}"
-            )
+        check_loaded(model, vars(model).pop("_weights_report", info), model.name_or_path, shapes=not drawn)
         return (model, info) if report else model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Keeps the report on the weights: where an adapter lies beside them, transformers returns the adapter's."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        self._weights_report = loading_info.to_dict()
 
 
 def residual_std(config: Any) -> float:

@@ -56,11 +56,13 @@ def few_seeds(run: Run) -> Iterator[str]:
 
 
 def indistinct(run: Run) -> Iterator[str]:
-    pairs = [
-        f"{d.name} and {d.baseline}" for d in differences(run.rows) if verdict(d.estimate) == "not distinguishable"
-    ]
-    if pairs:
-        yield f"Not distinguishable, the interval holds 0: {'; '.join(pairs)}."
+    pairs: dict[str, list[str]] = {}
+    for d in differences(run.rows):
+        pairs.setdefault(verdict(d.estimate), []).append(f"{d.name} and {d.baseline}")
+    if same := pairs.get("not distinguishable"):
+        yield f"Not distinguishable, the interval holds 0: {'; '.join(same)}."
+    if unknown := pairs.get("no verdict"):
+        yield f"No verdict, one held-out block or a loss that is no number has no interval: {'; '.join(unknown)}."
 
 
 def collapsed(run: Run) -> Iterator[str]:
