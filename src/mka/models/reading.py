@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from mka.models.versions import CACHE_ARGUMENT
+
 PIECE = 4096
 
 
@@ -20,7 +22,7 @@ def read_in_pieces(model: Any, ids: Tensor, cache: Cache, piece: int = PIECE) ->
     logits = torch.empty(0)
     for start in range(0, ids.shape[1], piece):
         part = ids[:, start : start + piece].to(model.device)
-        logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(part, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits[:, -1]
     return logits
 
 
