@@ -22,7 +22,7 @@ from transformers import DynamicCache, GPT2LMHeadModel
 
 from filled_states import fill
 from mka.config import PRESETS
-from mka.models import StateLayer, build_model, mechanisms, preset_config, states
+from mka.models import CACHE_ARGUMENT, StateLayer, build_model, mechanisms, preset_config, states
 
 KINDS: dict[str, dict[str, Any]] = {
     "mha": {},
@@ -72,7 +72,7 @@ def step(model: Any, cache: DynamicCache) -> Callable[[], float]:
     @torch.no_grad()
     def run() -> float:
         started = time.perf_counter()
-        model(token, past_key_values=cache, use_cache=True)
+        model(token, use_cache=True, **{CACHE_ARGUMENT: cache})
         return 1000 * (time.perf_counter() - started)
 
     return run

@@ -18,7 +18,7 @@ from mka.config import InputError
 from mka.loading import load
 from mka.memory.bank import Bank
 from mka.memory.router import Router
-from mka.models import fingerprint, memory_cache, states
+from mka.models import CACHE_ARGUMENT, cache_of, fingerprint, memory_cache, states
 
 LEVELS = ("local", "session", "long-term")
 
@@ -107,12 +107,12 @@ class Conversation:
         given = self.model.generate(
             row,
             attention_mask=torch.ones_like(row),
-            past_key_values=self.cache,
             generation_config=settings,
             streamer=self.streamer,
+            **{CACHE_ARGUMENT: self.cache},
         )
         answer = given.sequences[0, self.row.shape[1] :]
-        self.row, self.cache = given.sequences.cpu(), given.past_key_values
+        self.row, self.cache = given.sequences.cpu(), cache_of(given)
         return self.tokenizer.decode(answer, skip_special_tokens=True)
 
     def memory(self) -> str:

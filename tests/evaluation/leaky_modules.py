@@ -8,6 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
+from mka.models import CACHE_ARGUMENT
+
 
 class Causal(nn.Module):
     """One head, causal, with an optional padding mask and a state of all tokens."""
@@ -136,7 +138,7 @@ class CacheWrittenLate(nn.Module):
     def forward(self, x: Tensor, past_key_values: Any = None) -> Any:
         if past_key_values is None:
             return self.inside(x)
-        y = self.inside(x, past_key_values=past_key_values)[0]
+        y = self.inside(x, **{CACHE_ARGUMENT: past_key_values})[0]
         if past_key_values.get_seq_length() > 2:
             past_key_values.crop(-1)
         return y, None

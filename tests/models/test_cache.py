@@ -10,7 +10,7 @@ import checks
 from checks_models import BACKBONES, TWO_BACKBONES, make_model, positions_of, tokens
 from checks_state import SIDES, TOKENS, many_calls, padding, two_calls
 from mka.attention import ATTENTION_TYPES
-from mka.models import StateLayer, mechanisms, states
+from mka.models import CACHE_ARGUMENT, StateLayer, cache_of, mechanisms, states
 
 every_kind = pytest.mark.parametrize("kind", ATTENTION_TYPES)
 two_backbones = pytest.mark.parametrize("backbone", TWO_BACKBONES)
@@ -111,13 +111,13 @@ def test_crop_beyond_what_is_reversible_names_the_limit() -> None:
 
 def test_a_cache_of_another_model_is_refused() -> None:
     ids, theirs = tokens(1, 5), AutoModelForCausalLM.from_config(BACKBONES["gpt2"])
-    filled = theirs(ids, use_cache=True).past_key_values
+    filled = cache_of(theirs(ids, use_cache=True))
     model = make_model("gpt2", "gqa")
     with pytest.raises(ValueError, match="holds a DynamicLayer of another model's keys"):
         model(ids, past_key_values=filled, use_cache=True)
     _, ours = in_calls(model, ids, (), None)
     with pytest.raises(TypeError, match=r"belongs to a model of mka\.models"):
-        theirs(ids, past_key_values=ours, use_cache=True)
+        theirs(ids, use_cache=True, **{CACHE_ARGUMENT: ours})
     with pytest.raises(ValueError, match="the state is one of GroupedQueryAttention"):
         make_model("gpt2", "fmka")(ids, past_key_values=ours, use_cache=True)
     with pytest.raises(ValueError, match="holds 1 rows; x has 2"):

@@ -191,15 +191,15 @@ class CausalAttention(nn.Module, ABC):
 
 
 def bounded(x: Tensor) -> Tensor:
-    """x, no number of it beyond the root of its dtype's largest: products with it then stay finite.
+    """x, no finite number of it beyond the root of its dtype's largest: products with it then stay finite.
 
-    Attention gives the future a weight of zero, and zero times infinity is not zero. NaN stays NaN. float16 is left as
-    it is: its root is 256, a number that a model may well need.
+    Attention gives the future a weight of zero, and zero times infinity is not zero. NaN and infinity stay what they
+    are: a training has to stop at them. float16 is left as it is: its root is 256, a number that a model may well need.
     """
     if x.dtype == torch.float16:
         return x
     limit = math.sqrt(torch.finfo(x.dtype).max)
-    return x.clamp(-limit, limit)
+    return torch.where(x.isinf(), x, x.clamp(-limit, limit))
 
 
 def normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:

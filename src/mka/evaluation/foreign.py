@@ -3,7 +3,7 @@
 y = module(x)                         y: (B, T, C), or a tuple that begins with it
 y = module(x, <mask>=...)             valid or attention_mask (true: a token), key_padding_mask (true: padding)
 y, state = module(x, state=state)     starting from module.initial_state(B): it decodes with a state of its own
-y, ... = module(x, past_key_values=cache)   a cache of transformers, which it fills: token by token, as without a mask
+y, ... = module(x, <cache>=cache)     a cache of transformers, which it fills: token by token, as without a mask
                                             only one token knows which keys come before it
 """
 
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mka.config import InputError
+from mka.models import cache_parameter
 
 HIDDEN_SIZE_NAMES = ("hidden_size", "embed_dim", "d_model", "dim", "n_embd", "embedding_dim")
 NUM_HEADS_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 MASKS = {"valid": True, "attention_mask": True, "key_padding_mask": False}
 """Names of padding masks, and what stands in them at a token."""
 CACHES = ("past_key_values", "past_key_value")
-"""Names of a cache of transformers."""
+"""Names of a cache of transformers, where no annotation says which it is."""
 POSITION_NAMES = ("positions", "position_ids")
 
 
@@ -68,7 +69,8 @@ class ForeignModule:
         names = self.parameters()
         if "state" in names and hasattr(self.module, "initial_state"):
             return "state"
-        return next((name for name in CACHES if name in names and name not in self.call), None)
+        known = (cache_parameter(self.module.forward), *CACHES)
+        return next((name for name in known if name in names and name not in self.call), None)
 
     @property
     def pieces(self) -> tuple[int, ...]:

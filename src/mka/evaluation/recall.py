@@ -20,7 +20,7 @@ from mka.data.needle import FILLER, Passkey, PasskeyTask
 from mka.data.recall import NOT_ASKED, RecallBatch, recall_batch
 from mka.data.tokenizer import TextTokenizer, with_end_of_text
 from mka.loading import load, load_model
-from mka.models import mechanisms, memory_cache, read_in_pieces, states
+from mka.models import CACHE_ARGUMENT, mechanisms, memory_cache, read_in_pieces, states
 from mka.storage import write_atomically
 
 Say = Callable[[str], None]
@@ -79,7 +79,7 @@ def recall_scores(config: RecallConfig) -> Iterator[Score]:
 def recalled(model: Any, batch: RecallBatch, longterm: LongTermConfig) -> tuple[int, int]:
     """How many answers are right, and how many were due."""
     cache = memory_cache(model, longterm) if longterm.is_special else None
-    logits = model(batch.tokens.to(model.device), past_key_values=cache, use_cache=cache is not None).logits
+    logits = model(batch.tokens.to(model.device), use_cache=cache is not None, **{CACHE_ARGUMENT: cache}).logits
     due = batch.targets != NOT_ASKED
     said = logits.argmax(-1).cpu()[due]
     return int((said == batch.targets[due]).sum()), int(due.sum())
@@ -124,6 +124,6 @@ def answered(model: Any, passkey: Passkey, longterm: LongTermConfig, piece: int)
     cache: Any = memory_cache(model, longterm) if mechanisms(model) or longterm.is_special else DynamicCache()
     first = read_in_pieces(model, prompt, cache, piece)
     held = sum(state.nbytes for state in states(cache))
-    rest = model(answer[:, :-1].to(model.device), past_key_values=cache, use_cache=True).logits
+    rest = model(answer[:, :-1].to(model.device), use_cache=True, **{CACHE_ARGUMENT: cache}).logits
     said = torch.cat([first[:, None], rest], dim=1).argmax(-1).cpu()
     return bool((said == answer).all()), held

@@ -29,7 +29,7 @@ from mka.evaluation.text import chosen_documents, edges, shown
 from mka.loading import load
 from mka.memory.router import LOCAL
 from mka.memory.search import search
-from mka.models import mechanisms, memory_cache, states
+from mka.models import CACHE_ARGUMENT, mechanisms, memory_cache, states
 from mka.observations import COLLAPSED
 from mka.statistics import ratio, verdict
 from mka.storage import write_atomically
@@ -149,7 +149,7 @@ def observe(model: Any, layers: list[MemoryAttention], ids: Tensor) -> list[Seen
         for number, attn in enumerate(layers):
             note(number, attn, add)
         cache = memory_cache(model, LongTermConfig())
-        model(ids.to(model.device), past_key_values=cache, use_cache=True)
+        model(ids.to(model.device), use_cache=True, **{CACHE_ARGUMENT: cache})
     found = []
     for number, (attn, state) in enumerate(zip(layers, states(cache), strict=True)):
         distance = torch.empty(0)

@@ -4,7 +4,6 @@ from mka.models.adapter import AttentionAdapter
 from mka.models.budgets import match_cache, matched_intermediate_size, model_flops
 from mka.models.build import (
     build_model,
-    checkpoint_blocks,
     gpt2_config,
     mechanisms,
     preset_config,
@@ -26,8 +25,10 @@ from mka.models.modeling import (
     MkaQwen3ForCausalLM,
 )
 from mka.models.reading import fingerprint, read_in_pieces
+from mka.models.versions import CACHE_ARGUMENT, cache_of, cache_parameter, checkpoint_blocks
 
 __all__ = [
+    "CACHE_ARGUMENT",
     "MODELS",
     "REVERSIBLE",
     "AttentionAdapter",
@@ -43,6 +44,8 @@ __all__ = [
     "MkaQwen3ForCausalLM",
     "StateLayer",
     "build_model",
+    "cache_of",
+    "cache_parameter",
     "checkpoint_blocks",
     "convert",
     "fingerprint",

@@ -3,12 +3,12 @@
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from mka.attention import CausalAttention
 from mka.memory.local import shown_here
 from mka.models.cache import StateLayer, begin_call, state_layer
+from mka.models.versions import cache_for_block
 
 PADDING_MASK = "mka_padding_mask"
 
@@ -36,15 +36,17 @@ class AttentionAdapter(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Cache | None = None,
+        *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states (B, T, C), attention_mask (B, T), position_ids (B or 1, T) -> (y (B, T, C), None).
 
-        Raises ValueError for a mask of another form.
+        `others`: what a block hands on; the cache among them is found by its class. Raises ValueError for a mask of
+        another form, and where a cache is asked for and none is given.
         """
+        cache = cache_for_block(self.layer_idx, others)
         if attention_mask is not None and attention_mask.shape != hidden_states.shape[:2]:
             raise ValueError(
                 f"attention_mask is {tuple(attention_mask.shape)}; it must be (rows, columns), zeros at padding, with "
@@ -52,15 +54,15 @@ class AttentionAdapter(nn.Module):
             )
         valid = None if attention_mask is None else attention_mask.bool()
         layer = None
-        if past_key_values is None:
+        if cache is None:
             y, _state = self.attention(hidden_states, positions=position_ids, valid=valid)
         else:
-            layer = state_layer(past_key_values, self.layer_idx)
-            if past_key_values.offloading:
+            layer = state_layer(cache, self.layer_idx)
+            if cache.offloading:
                 layer.prefetch()
-            begin_call(past_key_values, layer, hidden_states, valid)
+            begin_call(cache, layer, hidden_states, valid)
             y = layer.attend(self.attention, hidden_states, position_ids, valid)
-            if past_key_values.offloading:
+            if cache.offloading:
                 layer.offload()
         if (shown := shown_here()) is not None:
             shown[-1] = in_columns(shown[-1], valid, layer)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel
+from transformers import GPT2Config, PreTrainedConfig
 
 from mka.attention import CausalAttention
 from mka.config import Preset
@@ -70,13 +70,6 @@ def build_model(config: PreTrainedConfig, attention_type: str, seed: int = 0, **
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=full.initializer_range)
     return model
-
-
-def checkpoint_blocks(model: PreTrainedModel) -> None:
-    """Keep only each block's input for the backward pass, and compute the rest again."""
-    newer = hasattr(model, "activation_checkpointing_enable")  # transformers 5.20 has only the older name
-    enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def mechanisms(model: nn.Module) -> list[CausalAttention]:

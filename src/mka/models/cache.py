@@ -189,8 +189,9 @@ def begin_call(cache: Cache, layer: StateLayer, x: Tensor, valid: Tensor | None)
     seen = [0] * x.shape[0] if layer.state is None else layer.state.lengths
     if first is not None and first.past != seen:
         raise InputError(
-            f"past_key_values is torn: before this call its first block had seen {max(first.past)} tokens, block "
-            f"{cache.layers.index(layer)} {max(seen)}, as after a call that ended in an error; start with a new one"
+            f"the cache is torn, as by a call that ended in an error: before this call block {cache.layers.index(ours[0])} "
+            f"had seen {max(first.past)} tokens and block {cache.layers.index(layer)} had seen {max(seen)}; start with a "
+            "new cache"
         )
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    Cache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -38,6 +37,7 @@ from mka.memory.local import shown_weights
 from mka.memory.router import Router
 from mka.models.adapter import PADDING_MASK, AttentionAdapter
 from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of, rotary_of, window_of
+from mka.models.versions import CACHE_ARGUMENT, cache_among, check_version, columns_of, renamed, with_cache
 from mka.models.weights import check_loaded
 
 FROM_CONFIG = ("hidden_size", "num_heads", "head_dim", "bias", "rotary")
@@ -124,9 +124,10 @@ class MemoryModel(PreTrainedModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.forward = with_weights(cls.forward)
+        cls.forward = with_weights(with_cache(cls.forward))
 
     def __init__(self, config: Any) -> None:
+        check_version(type(self))
         super().__init__(config)
         self.config: Any
         family = family_of(config)
@@ -137,6 +138,11 @@ class MemoryModel(PreTrainedModel):
             setattr(block, family.attention_name, AttentionAdapter(attention, number, dropout))
         self.config._attn_implementation = PADDING_MASK
         self.loss_type = "ForCausalLM"  # transformers guesses it from names of classes
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, which takes the cache under any name."""
+        generator: Any = super()
+        return generator.generate(*args, **renamed(kwargs, CACHE_ARGUMENT))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -186,15 +192,12 @@ class MkaGPT2LMHeadModel(MemoryModel, GPT2LMHeadModel):
     config_class = MkaGPT2Config
 
     @wraps(GPT2LMHeadModel.forward)
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (the same by position and by name)
-        self, input_ids: Any = None, past_key_values: Cache | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        given = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
-        if given is not None:
-            self._check_length(given.shape[1], past_key_values, kwargs.get("position_ids"))
-        return super().forward(input_ids, past_key_values, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (columns := columns_of(args, kwargs)) is not None:
+            self._check_length(columns, cache_among((*args, *kwargs.values())), kwargs.get("position_ids"))
+        return super().forward(*args, **kwargs)
 
-    def _check_length(self, columns: int, cache: Cache | None, position_ids: Tensor | None) -> None:
+    def _check_length(self, columns: int, cache: Any, position_ids: Tensor | None) -> None:
         """Raises InputError for a row that is longer than the positions the model has learned."""
         limit, length = self.config.max_position_embeddings, columns + (cache.get_seq_length() if cache else 0)
         if length <= limit:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from mka.attention import ATTENTION_TYPES
+from mka.models.versions import CACHE_ARGUMENT
 
 PIECE = 4096
 IRRELEVANT = frozenset(
@@ -34,7 +35,7 @@ def read_in_pieces(model: Any, ids: Tensor, cache: Cache, piece: int = PIECE) ->
     logits = torch.empty(0)
     for start in range(0, ids.shape[1], piece):
         part = ids[:, start : start + piece].to(model.device)
-        logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(part, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits[:, -1]
     return logits
 
 
