@@ -185,13 +185,15 @@ def begin_call(cache: Cache, layer: StateLayer, x: Tensor, valid: Tensor | None)
                     each.state.release()
             raise
         return
+    if not x.shape[1]:
+        return
     first = ours[0].state
     seen = [0] * x.shape[0] if layer.state is None else layer.state.lengths
     if first is not None and first.past != seen:
+        before, here = cache.layers.index(ours[0]), cache.layers.index(layer)
         raise InputError(
-            f"the cache is torn, as by a call that ended in an error: before this call block {cache.layers.index(ours[0])} "
-            f"had seen {max(first.past)} tokens and block {cache.layers.index(layer)} had seen {max(seen)}; start with a "
-            "new cache"
+            "the cache is torn, as by a call that ended in an error: before this call block "
+            f"{before} had seen {max(first.past)} tokens and block {here} had seen {max(seen)}; start with a new cache"
         )
 
 
