@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import GPT2Config
+from transformers import DynamicCache, GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from mka.models import CACHE_ARGUMENT
@@ -135,10 +135,10 @@ class CacheWrittenLate(nn.Module):
         super().__init__()
         self.inside = of_gpt2(hidden_size, num_heads)
 
-    def forward(self, x: Tensor, past_key_values: Any = None) -> Any:
-        if past_key_values is None:
+    def forward(self, x: Tensor, keys_so_far: DynamicCache | None = None) -> Any:
+        if keys_so_far is None:
             return self.inside(x)
-        y = self.inside(x, **{CACHE_ARGUMENT: past_key_values})[0]
-        if past_key_values.get_seq_length() > 2:
-            past_key_values.crop(-1)
+        y = self.inside(x, **{CACHE_ARGUMENT: keys_so_far})[0]
+        if keys_so_far.get_seq_length() > 2:
+            keys_so_far.crop(-1)
         return y, None

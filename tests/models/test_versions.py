@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from packaging.requirements import Requirement
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
@@ -207,17 +207,33 @@ def test_a_draft_of_the_models_first_blocks() -> None:
 # ---- versions that were not tried
 
 
+ROOT = Path(__file__).parents[2]
+
+
 def test_the_tried_versions_are_those_that_can_be_installed() -> None:
-    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
+    pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
     bounds = re.search(r'"transformers>=5\.(\d+),<5\.(\d+)"', pyproject)
     assert bounds is not None
     assert ((5, int(bounds[1])), (5, int(bounds[2]) - 1)) == (versions.OLDEST, versions.NEWEST)
 
 
+def test_every_dependency_is_bounded_by_what_was_tried() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
+    listed = pyproject.partition("\ndependencies = [\n")[2].partition("\n]")[0]
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line]
+    wanted = {needed.name: needed for needed in map(Requirement, re.findall(r'"(.+?)"', listed))}
+    assert {"torch", "transformers", "numpy"} <= wanted.keys() <= {pin.name for pin in pins}
+    for needed in wanted.values():
+        assert {bound.operator for bound in needed.specifier} == {">=", "<"}, f"{needed} has no upper bound"
+    for pin in pins:
+        [exact] = pin.specifier
+        assert pin.name not in wanted or wanted[pin.name].specifier.contains(exact.version), f"{pin} is out of bounds"
+
+
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A later transformers; the list is of the mechanisms that were checked."""
-    monkeypatch.setattr(transformers, "__version__", "5.99.0.dev0")
+    monkeypatch.setattr(versions.transformers, "__version__", "5.99.0.dev0")
     return watched(monkeypatch)
 
 
@@ -247,12 +263,12 @@ def test_an_untried_version_is_checked_once(backbone: str, untried: list[str]) -
 
 def test_a_tried_version_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     done = watched(monkeypatch)
-    for version in ("5.20.0", "5.24.0", "5.24.1", transformers.__version__):
-        monkeypatch.setattr(transformers, "__version__", version)
+    for version in ("5.20.0", "5.24.0", "5.24.1", versions.transformers.__version__):
+        monkeypatch.setattr(versions.transformers, "__version__", version)
         make_model("llama", "mha")
     assert done == []
     for number, version in enumerate(("5.19.0", "5.25.0", "6.0.0.dev0"), start=1):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(versions.transformers, "__version__", version)
         versions.checked_classes.clear()
         make_model("llama", "mha")
         assert done == number * KINDS

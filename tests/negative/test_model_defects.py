@@ -10,8 +10,9 @@ from torch import Tensor
 
 import checks
 from mka.memory.router import Router
+from mka.models import versions
 from mka.models.cache import StateLayer
-from models import test_cache, test_convert, test_generation
+from models import test_cache, test_convert, test_generation, test_versions
 
 conversion = importlib.import_module("mka.models.convert")  # the package's name for it is the function
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -68,6 +69,46 @@ def crop_that_is_not_done(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StateLayer, "crop", lambda layer, tokens_to_remove: None)
 
 
+def cache_argument_renamed_again(patch: pytest.MonkeyPatch) -> None:
+    """transformers has another name for it than those that are known, and the adapter asks by name."""
+
+    def by_name(_block: int, arguments: dict[str, Any]) -> Any:
+        return next((arguments[name] for name in versions.CACHE_NAMES if name in arguments), None)
+
+    test_versions.hand_on(patch, test_versions.under("keys_of_the_past"))
+    patch.setattr("mka.models.adapter.cache_for_block", by_name)
+
+
+def cache_argument_renamed_and_nobody_looks(patch: pytest.MonkeyPatch) -> None:
+    cache_argument_renamed_again(patch)
+    cache_that_nobody_misses(patch)
+
+
+def cache_that_nobody_misses(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(versions, "check_growth", lambda *_: None)
+
+
+def untried_version_that_is_trusted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(versions, "TOLERANCE", float("inf"))
+
+
+def lost_cache_is_refused() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        blocks = (1,)
+        test_versions.test_a_cache_that_does_not_arrive_is_an_error(
+            "llama", "the default", test_versions.without, blocks, patch
+        )
+
+
+def wrong_version_is_refused() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(versions.transformers, "__version__", "5.99.0.dev0")
+        patch.setattr(versions, "checked_classes", set())
+        patch.setattr(StateLayer, "attend", test_versions.stale)
+        with pytest.raises(ValueError, match="two cached calls of gqa differ from one call"):
+            test_versions.make_model("llama", "fmka")
+
+
 def padded_rows_are_rows_alone() -> None:
     """Interior padding: every row gives what it gives alone."""
     model, ids = test_cache.make_model("llama", "fmka", dtype=torch.float64), test_cache.tokens(3, 33)
@@ -87,6 +128,10 @@ DEFECTS: list[tuple[Plant, Callable[[], None]]] = [
     (padding_that_is_read, lambda: test_generation.test_left_padding("mka", "llama")),
     (positions_from_the_padded_index, padded_rows_are_rows_alone),
     (crop_that_is_not_done, lambda: test_generation.test_assisted_decoding("fmka", "llama")),
+    (cache_argument_renamed_again, lambda: test_generation.test_greedy("fmka", "llama", None)),
+    (cache_argument_renamed_and_nobody_looks, lambda: test_generation.test_greedy("fmka", "llama", None)),
+    (cache_that_nobody_misses, lost_cache_is_refused),
+    (untried_version_that_is_trusted, wrong_version_is_refused),
 ]
 
 
@@ -94,5 +139,5 @@ DEFECTS: list[tuple[Plant, Callable[[], None]]] = [
 def test_the_models_turn_red(plant: Plant, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     check()
     plant(monkeypatch)
-    with pytest.raises((AssertionError, ValueError)):
+    with pytest.raises((AssertionError, ValueError, pytest.fail.Exception)):
         check()

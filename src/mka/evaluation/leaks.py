@@ -195,7 +195,9 @@ def batch(module: ForeignModule, x: Tensor, y: Tensor) -> Finding:
 def decoding(module: ForeignModule, x: Tensor, y: Tensor) -> Finding:
     """Token by token, and in pieces of three. The second number of the pair is the first token of the call."""
     if module.cache is None:
-        return Finding("decoding", "n/a", reason="no initial_state and forward(..., state=...), no past_key_values")
+        return Finding(
+            "decoding", "n/a", reason="no initial_state and forward(..., state=...), no cache of transformers"
+        )
     worst = Worst()
     for piece in module.pieces:
         state = module.initial_state(len(x))

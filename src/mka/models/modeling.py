@@ -192,7 +192,9 @@ class MkaGPT2LMHeadModel(MemoryModel, GPT2LMHeadModel):
     config_class = MkaGPT2Config
 
     @wraps(GPT2LMHeadModel.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (it hands on what it is given)
+        self, *args: Any, **kwargs: Any
+    ) -> Any:
         if (columns := columns_of(args, kwargs)) is not None:
             self._check_length(columns, cache_among((*args, *kwargs.values())), kwargs.get("position_ids"))
         return super().forward(*args, **kwargs)

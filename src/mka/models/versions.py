@@ -110,6 +110,7 @@ def with_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     ran, else it raises InputError.
     """
     name = cache_parameter(forward) or CACHE_ARGUMENT
+    check: Any = torch.compiler.disable(check_use)
 
     @wraps(forward)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,13 +119,12 @@ def with_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
         before = lengths(given)
         output = forward(self, *args, **kwargs)
         if given is not None or kwargs.get("use_cache") is not False:
-            check_use(self, given, before, output, columns_of(args, kwargs), bool(kwargs.get("use_cache")))
+            check(self, given, before, output, columns_of(args, kwargs), bool(kwargs.get("use_cache")))
         return output
 
     return checked
 
 
-@torch.compiler.disable
 def check_use(
     model: Any, given: Cache | None, before: list[int], output: Any, columns: int | None, asked: bool
 ) -> None:
