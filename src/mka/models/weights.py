@@ -71,10 +71,11 @@ def check_finite(model: nn.Module, where: object) -> None:
 def not_finite(weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
     """The names of those that hold NaN or infinity."""
     for name, weight in weights:
-        if not weight.is_floating_point() or weight.is_meta:
+        if not weight.is_floating_point() or weight.is_meta or not weight.numel():
             continue
         readable = weight.detach() if weight.dtype in FLOATS.values() else weight.detach().float()
-        if not bool(readable.isfinite().all()):
+        extremes = torch.stack(readable.aminmax())  # NaN is both of them
+        if not bool(extremes.isfinite().all()):
             yield name
 
 
