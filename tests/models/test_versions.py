@@ -99,6 +99,17 @@ def test_the_name_is_read_from_the_installed_version() -> None:
     assert versions.cache_parameter(nn.Linear.forward) is None
 
 
+def test_a_later_name_is_read_too() -> None:
+    def forward(model: Any, input_ids: torch.Tensor, keys_of_the_past: Cache | None = None) -> Any:
+        return model.base_model(input_ids, **{CACHE_ARGUMENT: keys_of_the_past}, use_cache=True)
+
+    model, cache = make_model("llama", "gqa"), DynamicCache()
+    later = versions.with_cache(forward)
+    for name in (*versions.CACHE_NAMES, "keys_of_the_past"):
+        later(model, IDS, **{name: cache})
+    assert cache.get_seq_length() == 3 * IDS.shape[1]
+
+
 # ---- a cache that does not arrive
 
 Use = Callable[[Any], Any]
@@ -120,8 +131,15 @@ WAYS: dict[str, Use] = {
         IDS[:1], do_sample=False, assistant_model=make_model("llama", "gqa"), max_new_tokens=3
     ),
     "pieces": lambda model: model.generate(IDS, do_sample=False, prefill_chunk_size=4, max_new_tokens=3),
-    "offloaded": lambda model: model(IDS, past_key_values=DynamicCache(offloading=True)),
+    "offloaded": lambda model: model(IDS, past_key_values=offloading()),
 }
+
+
+def offloading() -> Cache:
+    """As transformers makes it where there is a GPU."""
+    cache = DynamicCache()
+    cache.offloading = True
+    return cache
 
 
 def gpt2(model: Any) -> bool:
