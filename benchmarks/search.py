@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mka.config import SEARCHES, LongTermConfig
 from mka.data import load_corpus
-from mka.evaluation.router import index_projection, index_queries
+from mka.evaluation.router import watch_queries
 from mka.loading import load
 from mka.memory import search
 from mka.models import mechanisms, memory_cache, read_in_pieces, states
@@ -42,8 +42,8 @@ def main(options: Options) -> None:
     ids = tokenizer(text[: 8 * options.tokens], return_tensors="pt", verbose=False).input_ids[:, : options.tokens]
     queries: dict[int, Tensor] = {}
     for number, attn in enumerate(mechanisms(model)):
-        project = index_projection(attn)  # pyright: ignore[reportArgumentType] (a mechanism with memories)
-        project.register_forward_hook(lambda _m, _i, out, number=number: queries.update({number: out}))
+        memories: Any = attn
+        watch_queries(memories, lambda q, number=number: queries.update({number: q}))
     found: dict[str, list[Any]] = {}
     for kind in SEARCHES:
         cache = memory_cache(model, LongTermConfig(longterm_search=kind if kind == "lsh" else "exact"))
@@ -70,7 +70,7 @@ def pairs(model: Any, cache: Any) -> Any:
 
 def ask(attn: Any, state: Any, q: Tensor, kind: Any) -> tuple[Any, float, float]:
     """What the last queries retrieve, one by one as in decoding; bytes and seconds of one of them."""
-    q = index_queries(attn, q[:, -QUERIES:])
+    q = q[:, -QUERIES:]
     state.longterm = replace(state.longterm, config=LongTermConfig(longterm_search=kind))
     summaries = state.all(attn.index_store)
     t = torch.full((1, 1), state.lengths[0] - 1)

@@ -8,8 +8,10 @@ Around the key stand the same few sentences, over and over, or Python's standard
 --surroundings stdlib` takes its test split). The tokens are a BPE of 1,024 either way.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,10 +20,13 @@ import tyro
 from transformers import LlamaConfig
 from transformers.utils import logging
 
+from mka.config import InputError
 from mka.data import load_corpus, prepare_tokens
 from mka.data.needle import FILLER, PasskeyTask
 from mka.data.recall import RecallBatch
+from mka.folders import claimed
 from mka.models import build_model
+from mka.storage import replace_folder
 from mka.training import answers_right, train_on_answers
 
 HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 128, 2, 2
@@ -98,14 +103,24 @@ def main(example: Example) -> None:
         )
         return ", ".join(f"{length}: {answers_right(model, batch):.3f}" for length, batch in held_out)
 
-    train_on_answers(model, batch_at, example.max_steps, 3e-3, look)
+    def save(folder: Path) -> dict[str, Any]:
+        model.save_pretrained(folder)
+        tokenizer.save(folder)
+        return {}
+
     window = "" if example.local_window is None else f"-w{example.local_window}"
     window += "-unplaced" if example.longterm_positions == "none" else ""
-    folder = f"{example.output_dir}/{kind}{window}-seed{example.seed}"
-    model.save_pretrained(folder)
-    tokenizer.save(folder)
+    name = f"{kind}{window}-seed{example.seed}"
+    folder = Path(example.output_dir) / name
+    with claimed(folder.parent, name):
+        train_on_answers(model, batch_at, example.max_steps, 3e-3, look)
+        replace_folder(folder, save)
     print(f"Saved  {folder}; mka eval needle --model {folder}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Example, use_underscores=True))
+    try:
+        main(tyro.cli(Example, use_underscores=True))
+    except InputError as error:
+        print(f"passkey_example.py: {error}", file=sys.stderr)
+        sys.exit(2)

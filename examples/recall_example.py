@@ -7,7 +7,9 @@ Rows of 16 to 64 tokens that are full of pairs and questions teach the lookup; a
 shapes that are evaluated, 64/4, 128/8 and 256/16, whose empty chunks have to be passed over.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,11 @@ import tyro
 from transformers import LlamaConfig
 from transformers.utils import logging
 
+from mka.config import InputError
 from mka.data.recall import RecallBatch, recall_batch
+from mka.folders import claimed
 from mka.models import build_model
+from mka.storage import replace_folder
 from mka.training import answers_right, train_on_answers
 
 VOCAB_SIZE, HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 8192, 128, 2, 2
@@ -72,12 +77,22 @@ def main(example: Example) -> None:
         held_out = {f"{t}/{n}": recall_batch(t, n, 64, (example.seed + HELD_OUT, t), VOCAB_SIZE) for t, n in SHAPES}
         return ", ".join(f"{shape} {answers_right(model, batch):.3f}" for shape, batch in held_out.items())
 
-    train_on_answers(model, batch_at, example.max_steps, 3e-3, look)
+    def save(folder: Path) -> dict[str, Any]:
+        model.save_pretrained(folder)
+        return {}
+
     window = "" if example.local_window is None else f"-w{example.local_window}"
-    folder = f"{example.output_dir}/{example.attention_type}{window}-seed{example.seed}"
-    model.save_pretrained(folder)
+    name = f"{example.attention_type}{window}-seed{example.seed}"
+    folder = Path(example.output_dir) / name
+    with claimed(folder.parent, name):
+        train_on_answers(model, batch_at, example.max_steps, 3e-3, look)
+        replace_folder(folder, save)
     print(f"Saved  {folder}; mka eval recall --model {folder}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Example, use_underscores=True))
+    try:
+        main(tyro.cli(Example, use_underscores=True))
+    except InputError as error:
+        print(f"recall_example.py: {error}", file=sys.stderr)
+        sys.exit(2)

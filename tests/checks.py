@@ -66,6 +66,14 @@ def close(a: Tensor, b: Tensor) -> None:
     assert error <= TOLERANCE[a.dtype], f"off by {error:.1e}"
 
 
+def close_rms(a: Tensor, b: Tensor) -> None:
+    """Equal within the one table of tolerances, bfloat16 by the root of the mean square."""
+    if a.dtype != torch.bfloat16:
+        return close(a, b)
+    error = (a - b).double().square().mean().sqrt() / b.double().square().mean().sqrt()
+    assert error <= RELATIVE_RMS[a.dtype], f"off by {error:.1e}"
+
+
 def assert_no_gradient_from_future(attn: CausalAttention, x: Tensor) -> None:
     x = x.clone().requires_grad_()
     y, _ = attn(x)
@@ -81,6 +89,17 @@ def assert_future_values_ignored(attn: CausalAttention, x: Tensor, huge: float =
         changed = x.clone()
         changed[:, t + 1 :] *= huge
         close(attn(changed)[0][:, : t + 1], y[:, : t + 1])
+
+
+def assert_largest_values_ignored(attn: CausalAttention, x: Tensor) -> None:
+    """The largest numbers there are, of one sign and of both: every product with them leaves the range of the dtype."""
+    largest, mixed = torch.finfo(x.dtype).max, torch.where(rows(x.shape[0], x.shape[1], seed=9) < 0, -1, 1)
+    for made in (lambda: None, lambda: attn.initial_state(x.shape[0])):
+        y, _ = attn(x, state=made())
+        for number, t in enumerate(range(0, x.shape[1] - 1, 5)):
+            changed = x.clone()
+            changed[:, t + 1 :] = largest * (mixed[:, t + 1 :] if number % 2 else 1)
+            assert torch.equal(attn(changed, state=made())[0][:, : t + 1], y[:, : t + 1])
 
 
 def assert_padding_ignored(attn: CausalAttention, x: Tensor, valid: Tensor) -> None:

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from checks import TOLERANCE
-from mka.config import BenchmarkConfig
+from mka.config import BenchmarkConfig, InputError
 from mka.data import TextTokenizer, TokenizedCorpus, TokenSplit, evaluation_batches
 from mka.distributed import Ranks
 from mka.evaluation import held_out_loss
 from mka.experiments import benchmark
 from mka.experiments.comparison import Comparison
 from mka.models import build_model, gpt2_config, next_token_loss
+from mka.storage import remove
 from mka.training import Checkpoint, Checkpoints, Precision, TrainingPlan, TrainingRun, train
 from mka.training.memory import PeakMemory
 
@@ -206,6 +207,23 @@ def assert_damage_is_noticed(folder: Path, name: str, damage: str) -> None:
     assert_same_checkpoint(checkpoints.newest(said.append), some_checkpoint(3))
     assert len(said) == 1, "nothing was said"
     assert said[0].startswith(f"checkpoint {folder / 'step-00000006'} is skipped: {name} ")
+
+
+def assert_exports_the_step(place: Path) -> None:
+    """Whether the checkpoint of a step is gone, or another one stands under its name: its weights are not exported, nor
+    others in their place; going on does not take it either."""
+    checkpoints, path, said = Checkpoints(place / "mha-seed0", {"seed": 0}), place / "model.safetensors", []
+    for step in (3, 6):
+        checkpoints.save(some_checkpoint(step))
+    remove(checkpoints.folder / "step-00000006")
+    with pytest.raises(InputError, match=r"step-00000006 cannot be kept: manifest\.json cannot be read"):
+        checkpoints.export_weights(6, path)
+    (checkpoints.folder / "step-00000003").rename(checkpoints.folder / "step-00000006")
+    with pytest.raises(InputError, match="step-00000006 cannot be kept: it is of step 3"):
+        checkpoints.export_weights(6, path)
+    assert not path.exists()
+    assert checkpoints.newest(said.append) is None
+    assert said == [f"checkpoint {checkpoints.folder / 'step-00000006'} is skipped: it is of step 3"]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mka.memory import disk
+
 
 @contextmanager
 def full_at(size: int) -> Iterator[None]:
@@ -21,6 +25,16 @@ def full_at(size: int) -> Iterator[None]:
 
 def no_space(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_after(patch: pytest.MonkeyPatch, turns: int) -> None:
+    """The disk has room for so many more extensions of a long-term store's files."""
+    real, left = disk.set_aside, iter(range(turns))
+
+    def set_aside(handle: int, start: int, end: int) -> None:
+        real(handle, start, end) if next(left, None) is not None else no_space()
+
+    patch.setattr(disk, "set_aside", set_aside)
 
 
 def files(folder: Path) -> set[str]:

@@ -1,5 +1,6 @@
 """Results are never lost, files are never half-written."""
 
+import hashlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from disks import full_at, no_space
-from mka import results
+from mka import folders, results
 from mka.config import InputError
 from mka.results import CurvePoint, Result, append_result, read_curve, read_results, results_path
 
@@ -101,8 +102,8 @@ def test_a_result_is_synced_before_it_is_acknowledged(tmp_path: Path, monkeypatc
         '{"schema_version": 1}',
         "[1, 2]",
         "7",
-        json.dumps({**vars(make()), "schema_version": 4}),
-        json.dumps({**vars(make()), "surprise": 1}),
+        json.dumps({**vars(make()), "schema_version": 5}),
+        json.dumps({**vars(make()), "schema_version": 3, "surprise": 1}),
     ],
 )
 def test_another_schema_is_one_line_that_says_where(tmp_path: Path, line: str) -> None:
@@ -110,7 +111,7 @@ def test_another_schema_is_one_line_that_says_where(tmp_path: Path, line: str) -
     with results_path(tmp_path).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     with pytest.raises(
-        InputError, match=r"results\.jsonl line 2 is not a result of schema version 1 to 3; it says"
+        InputError, match=r"results\.jsonl line 2 is not a result of schema version 1 to 4; it says"
     ) as error:
         read_results(tmp_path)
     assert "\n" not in str(error.value)
@@ -158,3 +159,117 @@ def test_a_damaged_curve_is_one_line_that_says_which(tmp_path: Path, text: str) 
     with pytest.raises(InputError, match=r"mka-seed0\.jsonl is damaged") as error:
         read_curve(tmp_path, "mka", 0)
     assert "\n" not in str(error.value)
+
+
+# ---- checksums
+
+
+def two_lines(folder: Path) -> Path:
+    for kind in ("mha", "mka"):
+        append_result(folder, make(kind))
+    return results_path(folder)
+
+
+def test_a_line_says_its_own_checksum_to_any_program(tmp_path: Path) -> None:
+    for line in two_lines(tmp_path).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        given = row.pop("checksum")
+        assert row["schema_version"] == 4
+        assert given == hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
+
+
+def test_names_that_json_turns_into_text_keep_their_checksum(tmp_path: Path) -> None:
+    """10 sorts behind 9, but "10" before "9"."""
+    append_result(tmp_path, make(config={9: "a", 10: "b"}))
+    assert read_results(tmp_path)[0].config == {"9": "a", "10": "b"}
+
+
+def read_or_said(folder: Path) -> tuple[list[Result], list[str]] | str:
+    """Results and remarks, or the refusal."""
+    try:
+        return read_results(folder), results.remarks(folder)
+    except InputError as error:
+        return str(error)
+
+
+def test_a_flipped_bit_in_any_byte_of_a_line_is_refused_or_said(tmp_path: Path) -> None:
+    """Or changes no value, as in the digits of an escaped letter. Which bit of a byte changes from byte to byte."""
+    path = two_lines(tmp_path)
+    raw, before = path.read_bytes(), read_or_said(tmp_path)
+    assert before == ([make("mha"), make("mka")], [])
+    first = len(raw.split(b"\n")[0])
+    same = 0
+    for place in range(first + 1):  # the newline is what joins two lines
+        changed = bytearray(raw)
+        changed[place] ^= 1 << (3 * place) % 8
+        path.write_bytes(changed)
+        found = read_or_said(tmp_path)
+        same += found == before
+        assert found == before or isinstance(found, str) or found[1], (place, changed[place - 9 : place + 9])
+    assert same < first / 20, "flips that change nothing are few"
+
+
+def test_every_place_to_cut_the_file_is_said(tmp_path: Path) -> None:
+    """Where a line ends, too: the manifest has the names of the results."""
+    folders.note_everything(tmp_path, ())
+    path = two_lines(tmp_path)
+    raw, before = path.read_bytes(), read_or_said(tmp_path)
+    for size in (*range(0, len(raw) - 1, 7), raw.index(b"\n"), raw.index(b"\n") + 1):
+        path.write_bytes(raw[:size])
+        found = read_or_said(tmp_path)
+        assert found != before
+        assert isinstance(found, tuple)
+        assert "results.jsonl has lost the result of mka-seed0" in found[1]
+    path.write_bytes(raw[:-1])
+    assert read_or_said(tmp_path) == before, "only the last newline is missing"
+
+
+def test_a_line_is_held_to_its_checksum_whatever_version_it_claims(tmp_path: Path) -> None:
+    path = two_lines(tmp_path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for version in (1, 2, 3, 4, 5, None):
+        path.write_text(json.dumps(rows[0] | {"schema_version": version, "eval_loss": 1.0}) + "\n", encoding="utf-8")
+        with pytest.raises(InputError, match=r"line 1 is altered: its checksum does not fit; take the line out"):
+            read_results(tmp_path)
+    for version in (1, 2, 3):  # without one it is what it says
+        old = {name: value for name, value in rows[0].items() if name != "checksum"} | {"schema_version": version}
+        path.write_text(json.dumps(old) + "\n", encoding="utf-8")
+        assert read_results(tmp_path) == [make("mha")]
+    path.write_text(json.dumps(old | {"schema_version": 4}) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"line 1 is altered: it has no checksum"):
+        read_results(tmp_path)
+
+
+def test_a_line_that_is_there_twice_or_gone_is_said(tmp_path: Path) -> None:
+    folders.note_everything(tmp_path, ())
+    path = two_lines(tmp_path)
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second + first)
+    assert results.remarks(tmp_path) == [
+        "results.jsonl has the result of mha-seed0 in lines 1 and 3: the last one counts"
+    ]
+    path.write_bytes(second)
+    assert results.remarks(tmp_path) == ["results.jsonl has lost the result of mha-seed0"]
+    path.unlink()
+    assert results.remarks(tmp_path) == [
+        "results.jsonl has lost the result of mha-seed0",
+        "results.jsonl has lost the result of mka-seed0",
+    ]
+
+
+def test_two_lines_that_were_joined_are_said(tmp_path: Path) -> None:
+    path = two_lines(tmp_path)
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(first + b"\x0b" + second + b"\n")
+    assert read_results(tmp_path) == []
+    assert results.remarks(tmp_path) == ["results.jsonl is cut in line 1: that line was passed over"]
+
+
+@pytest.mark.parametrize("study", sorted((Path(__file__).parent.parent / "docs" / "study").glob("*.jsonl")))
+def test_results_of_the_studies_are_read(study: Path, tmp_path: Path) -> None:
+    """They are of the third schema, and stay as they are."""
+    raw = study.read_bytes()
+    assert b'"schema_version": 3' in raw
+    results_path(tmp_path).write_bytes(raw)
+    assert len(read_results(tmp_path)) == raw.count(b"\n")
+    assert results.remarks(tmp_path) == []

@@ -63,8 +63,28 @@ def test_paired_differences_know_of_seeds() -> None:
         (1.0, 2.0, "worse"),
         (-1.0, 1.0, "not distinguishable"),
         (0.0, 1.0, "not distinguishable"),
-        (float("nan"), float("nan"), "not distinguishable"),
+        (math.nan, math.nan, "no verdict"),
+        (math.nan, -1.0, "no verdict"),
     ],
 )
 def test_verdicts(low: float, high: float, word: str) -> None:
     assert verdict(Estimate(0.0, low, high)) == word
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf, -math.inf])
+def test_a_sum_that_is_no_number_has_no_interval_and_no_verdict(spoilt: float) -> None:
+    x = np.array([1.0, spoilt, 2.0])
+    for estimate in (ratio(x, np.ones(3)), paired(np.stack([x, x]))):
+        assert not math.isfinite(estimate.value)
+        assert not estimate.has_interval
+        assert verdict(estimate) == "no verdict"
+        assert set(estimate.record().values()) == {None}
+
+
+def test_equal_documents_have_an_interval_of_no_width() -> None:
+    """Without spread there is nothing that other draws could give: the interval is the value, and 0 is in it or not."""
+    for value, word in ((0.0, "not distinguishable"), (-0.5, "better")):
+        for estimate in (ratio(np.full(4, value), np.ones(4)), paired(np.full((2, 4), value))):
+            assert estimate == pytest.approx((value, value, value))
+            assert verdict(estimate) == word
+    assert Estimate(1.0, 0.5, math.inf).record() == {"value": 1.0, "low": 0.5, "high": None}

@@ -2,15 +2,16 @@
 
     mka bench ...      compare mechanisms (the same as python src/experiments/benchmark.py ...)
     mka report DIR     redraw table and figures from a folder of results; --html: a page of one or several
+    mka verify DIR     compare everything in a folder of results, or of a saved model, with its checksums
     mka generate ...   continue a text with a saved model
     mka chat ...       talk with one; it reads each turn once
     mka memory ...     banks of documents that a model has read: add, list, verify, remove
     mka eval ...       what a saved model can do: perplexity, router, needle, recall, ruler
     mka audit ...      whether an attention module leaks
 
-Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged or lost a rank, or a leak; 130 after
-Ctrl-C, 143 after SIGTERM. Of several ranks the first one prints; each machine's first says what was wrong with its
-command.
+Exit status: 0; 2 for bad input, with one line; 1 for a training that diverged or lost a rank, for a leak, and for a
+file that is not whole; 130 after Ctrl-C, 143 after SIGTERM. Of several ranks the first one prints; each machine's first
+says what was wrong with its command.
 """
 
 import contextlib
@@ -47,6 +48,7 @@ from mka.commands import (
     ReportConfig,
     RouterConfig,
     RulerConfig,
+    VerifyConfig,
 )
 from mka.config import BenchmarkConfig, InputError
 from mka.report import (
@@ -59,7 +61,7 @@ from mka.report import (
     write_pages,
     write_report,
 )
-from mka.results import Result, cut_lines, read_results, results_path
+from mka.results import Result, read_results, remarks, results_path
 
 TABLE_WIDTH = 110
 """Columns of the table where the output is not a terminal."""
@@ -68,6 +70,7 @@ GO_ON = "run the same command again to go on, finished results are kept"
 
 OTHER_COMMANDS: dict[str, Any] = {
     "report": ReportConfig,
+    "verify": VerifyConfig,
     "generate": GenerateConfig,
     "chat": ChatConfig,
     "memory add": MemoryAddConfig,
@@ -85,6 +88,7 @@ OTHER_COMMANDS: dict[str, Any] = {
 Command = (
     Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+    | Annotated[VerifyConfig, tyro.conf.subcommand("verify")]
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
     | Annotated[ChatConfig, tyro.conf.subcommand("chat")]
     | Annotated[MemoryConfig, tyro.conf.subcommand("memory")]
@@ -165,7 +169,7 @@ def one_line(box: str, command: Any = BenchmarkConfig) -> str:
     message = " ".join(paragraph)
     flags = [word.strip(",") for word in message.split() if word.startswith("--")]
     if message.startswith("Unrecognized or misplaced"):
-        message += "; a command comes first: bench, report, generate, chat, memory or eval"
+        message += "; a command comes first: bench, report, verify, generate, chat, memory, eval or audit"
     elif message.startswith("Unrecognized") and flags:
         known = [f"--{field.name}" for field in fields(command)]
         alike = [flag for flag in known if flag.startswith(flags[0][:4])] or known
@@ -250,8 +254,8 @@ def finish(folder: Path, console: Console) -> int:
     Console(highlight=False, width=plain_width).print(console_table(summarise(rows)))
     for difference in differences(latest(rows)):
         console.print(difference.line())
-    for number in cut_lines(folder):
-        console.print(f"warning: {results_path(folder)} is cut in line {number}: that line was passed over")
+    for remark in remarks(folder):
+        print(f"warning: {folder}: {remark}", file=sys.stderr)
     console.print(f"Results  {results_path(folder)}\nReport   {', '.join(str(path) for path in written)}")
     return 0
 
@@ -259,6 +263,7 @@ def finish(folder: Path, console: Console) -> int:
 RUN: dict[type, Callable[[Any], int]] = {
     BenchmarkConfig: run_bench,
     ReportConfig: run_report,
+    VerifyConfig: printing("mka.verifying", "verify"),
     GenerateConfig: printing("mka.generation", "generate"),
     ChatConfig: run_chat,
     MemoryAddConfig: printing("mka.remembering", "add"),

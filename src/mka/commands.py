@@ -28,6 +28,14 @@ class ReportConfig:
             )
 
 
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Compare everything in a folder with its checksums: a line for each file; exit status 1 if one is not whole."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of a `mka bench` run or of a saved model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice(LongTermConfig):
     """A saved model, and how it continues a text."""
@@ -93,6 +101,8 @@ class MemoryAddConfig(BankConfig):
     """Folder of a saved model of mka or fmka, or a name on the hub; a bank is of one model."""
     piece: int = 4096
     """Tokens read at a time; peak memory is that of a piece."""
+    replace: bool = False
+    """Take out what the bank has under a document's name, once the document itself is in."""
 
     def __post_init__(self) -> None:
         check_at_least("piece", self.piece, 1)

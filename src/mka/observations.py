@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mka.config import InputError
-from mka.storage import write_atomically
+from mka.folders import read_noted, write_noted
 
 COLLAPSED = 0.05
 """Entropy below which a router is said to have collapsed."""
@@ -57,20 +57,21 @@ def routing_path(folder: Path, name: str, seed: int) -> Path:
 
 
 def write_costs(folder: Path, costs: Sequence[Cost]) -> None:
-    write_atomically(costs_path(folder), "".join(json.dumps(asdict(cost)) + "\n" for cost in costs))
+    write_noted(folder, costs_path(folder), "".join(json.dumps(asdict(cost)) + "\n" for cost in costs))
 
 
 def write_routing(folder: Path, routing: Routing) -> None:
-    write_atomically(routing_path(folder, routing.name, routing.seed), json.dumps(asdict(routing)) + "\n")
+    write_noted(folder, routing_path(folder, routing.name, routing.seed), json.dumps(asdict(routing)) + "\n")
 
 
 def read_costs(folder: Path) -> list[Cost]:
     """Empty where there is no such file. Raises InputError for a damaged one."""
     path = costs_path(folder)
-    if not path.is_file():
+    data = read_noted(folder, path)
+    if data is None:
         return []
     try:
-        return [Cost(**json.loads(line)) for line in path.read_bytes().splitlines()]
+        return [Cost(**json.loads(line)) for line in data.splitlines()]
     except (ValueError, TypeError):
         raise InputError(f"{path} is damaged: not one cost a line; delete it and run `mka bench` again") from None
 
@@ -78,9 +79,10 @@ def read_costs(folder: Path) -> list[Cost]:
 def read_routing(folder: Path, name: str, seed: int) -> Routing | None:
     """None where there is no such file. Raises InputError for a damaged one."""
     path = routing_path(folder, name, seed)
-    if not path.is_file():
+    data = read_noted(folder, path)
+    if data is None:
         return None
     try:
-        return Routing(**json.loads(path.read_bytes()))
+        return Routing(**json.loads(data))
     except (ValueError, TypeError):
         raise InputError(f"{path} is damaged; delete it and run `mka bench` again") from None

@@ -1,7 +1,8 @@
 """Files and folders that are either whole or not there: written aside, renamed once, checked at every opening.
 
 write_atomically   one text file
-write_folder       several files, with a manifest of their sizes and checksums, written last
+write_folder       several files, with a manifest of their sizes and checksums, written last; a whole one stays
+replace_folder     the same, in the place of whatever is there
 check_folder       the details such a folder was written with, or what is wrong with it
 """
 
@@ -41,8 +42,12 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def json_text(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    write_atomically(path, json_text(value))
 
 
 def sync_folder(folder: Path) -> None:
@@ -57,21 +62,35 @@ def sync_folder(folder: Path) -> None:
 def check_folder(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """The details of a whole folder, or what is wrong with it. Sizes and checksums of all files are read."""
     try:
-        raw = (folder / MANIFEST).read_text(encoding="utf-8")
-        content = json.loads(raw)["content"]
-        if raw != manifest_text(content):
-            return None, f"{MANIFEST} is altered"
+        content = read_manifest(folder)
         for name, recorded in content["files"].items():
-            path = folder / name
-            if path.stat().st_size != recorded["size"]:
-                return None, f"{name} has {path.stat().st_size} bytes instead of {recorded['size']}"
-            if sha256_of(path) != recorded["sha256"]:
-                return None, f"{name} is altered"
-    except OSError as error:
-        return None, f"{Path(error.filename or MANIFEST).name} cannot be read"
-    except (ValueError, KeyError, TypeError):
+            if damage := damage_of(folder / name, recorded):
+                return None, f"{name} {damage}"
+    except OSError:
+        return None, f"{MANIFEST} cannot be read"
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None, f"{MANIFEST} is altered"
     return content["details"], ""
+
+
+def damage_of(path: Path, recorded: Mapping[str, Any]) -> str:
+    """What is wrong with a file of which size and sha256 were recorded, or ""."""
+    try:
+        size = path.stat().st_size
+        if size != recorded["size"]:
+            return f"has {size} bytes instead of {recorded['size']}"
+        return "" if sha256_of(path) == recorded["sha256"] else "is altered"
+    except OSError:
+        return "cannot be read"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Its content. Raises OSError where it cannot be read; ValueError, KeyError or TypeError where it is altered."""
+    raw = (folder / MANIFEST).read_text(encoding="utf-8")
+    content = json.loads(raw)["content"]
+    if raw != manifest_text(content):
+        raise ValueError(f"{MANIFEST} is altered")
+    return content
 
 
 def write_folder(folder: Path, fill: Callable[[Path], Mapping[str, Any]]) -> None:
@@ -81,31 +100,42 @@ def write_folder(folder: Path, fill: Callable[[Path], Mapping[str, Any]]) -> Non
     for it. Whatever goes wrong, nothing is left under the final name nor beside it but an empty lock file.
     Raises OSError if it cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.building")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock")):
-        if check_folder(folder)[0] is not None:
-            return
-        try:
-            build(temporary, fill)
-            remove(folder)
-            os.replace(temporary, folder)
-            sync_folder(folder.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if check_folder(folder)[0] is None:
+            replace_folder(folder, fill)
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], Mapping[str, Any]]) -> None:
+    """The same for a folder that only this process writes to: what is there gives way, and only to a whole one.
+
+    At any instant the name holds all of the old folder, nothing, or all of the new one.
+    """
+    temporary, old = (folder.with_name(f".{folder.name}{what}") for what in (".building", ".old.building"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        build(temporary, fill)
+        remove(old)  # left by a process that was killed
+        if folder.is_dir():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+        remove(old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def build(temporary: Path, fill: Callable[[Path], Mapping[str, Any]]) -> None:
     remove(temporary)  # left by a process that was killed: the lock says that nobody is at work on it
     temporary.mkdir()
     details = fill(temporary)
-    paths = sorted(temporary.iterdir())
+    paths = sorted(path for path in temporary.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:  # the disk and the checksums are at work at the same time
         synced = pool.map(sync_file, paths)
         checksums = list(pool.map(sha256_of, paths))
         list(synced)
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": checksum}
+        path.relative_to(temporary).as_posix(): {"size": path.stat().st_size, "sha256": checksum}
         for path, checksum in zip(paths, checksums, strict=True)
     }
     write_atomically(temporary / MANIFEST, manifest_text({"details": dict(details), "files": files}))
@@ -131,9 +161,12 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 def manifest_text(content: Mapping[str, Any]) -> str:
     """The manifest, with its own checksum; one content has exactly one text."""
-    canonical = json.dumps(content, sort_keys=True)
-    checksum = hashlib.sha256(canonical.encode()).hexdigest()
-    return json.dumps({"content": content, "sha256": checksum}, sort_keys=True, indent=1) + "\n"
+    return json.dumps({"content": content, "sha256": checksum_of(content)}, sort_keys=True, indent=1) + "\n"
+
+
+def checksum_of(value: Any) -> str:
+    """sha256 (hex) of a JSON value, written with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sync_file(path: Path) -> None:

@@ -77,7 +77,7 @@ def test_fused_keys_are_final_when_written() -> None:
 
     def fused(tokens: int) -> torch.Tensor:
         part = x[:, :tokens]
-        q = attn.heads(attn.q_proj, part)
+        q = attn.queries(part)
         t = torch.arange(tokens)[None]
         return attn.fuse(part, t, attn.router(q, attn.levels_at(t, 0)), None)
 

@@ -292,10 +292,10 @@ def test_a_full_disk_at_the_start(place: Place, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        ("", "Expected one of {bench, report, generate, chat, memory, eval, audit}"),
+        ("", "Expected one of {bench, report, verify, generate, chat, memory, eval, audit}"),
         ("bnch", "Unrecognized options: bnch"),
         ("bench stray", "Unrecognized options: stray"),
-        ("--preset quick", "--preset .*; a command comes first: bench, report, generate, chat, memory or eval"),
+        ("--preset quick", "--preset .*; a command comes first: bench, report, verify, .*, eval or audit"),
         ("bench --learning_rat 3", "nearest: --learning_rate"),
         ("bench --attention_type mak", "nearest: 'mka'"),
         ("report", "no folder is given; give one or more folders of `mka bench` runs"),

@@ -74,7 +74,8 @@ def test_the_same_document_twice_is_noticed(saved: Path, bank: Path, capsys: pyt
     status, out, _ = run(
         capsys, "memory", "add", bank.parent / "other name.txt", "--model", saved / "mka", "--bank", bank
     )
-    assert (status, out) == (0, "other name.txt: already in the bank, nothing to do\n")
+    known = Bank(bank).documents()[0].identity
+    assert (status, out) == (0, f"other name.txt: already in the bank as book0.txt, {known}\n")
     assert fingerprint_of_files(bank) == before
 
 

@@ -37,6 +37,12 @@ def test_huge_values_in_the_future_change_nothing_in_float32(kind: str, variant:
 
 
 @every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_largest_values_in_the_future_change_nothing(kind: str, variant: str, dtype: torch.dtype) -> None:
+    checks.assert_largest_values_ignored(checks.make(kind, variant, dtype), checks.rows(2, TOKENS, dtype))
+
+
+@every_case
 @pytest.mark.parametrize("side", ["left", "right", "interior"])
 def test_padding_changes_nothing(kind: str, variant: str, side: str) -> None:
     t = torch.arange(TOKENS)

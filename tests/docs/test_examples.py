@@ -1,12 +1,14 @@
 """Every example runs, as a user would start it, in a process of its own."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mka.folders import claimed
 from tiny_runs import BENCHMARK_SCRIPT, write_corpus, write_small_stdlib
 
 EXAMPLES = sorted((BENCHMARK_SCRIPT.parent.parent.parent / "examples").glob("*.py"))
@@ -62,7 +64,25 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert PRINTED[example.name] in done.stdout
+    saved = [path.parent for path in tmp_path.glob("cache/*/*/model.safetensors")]
+    assert all((folder / "manifest.json").is_file() for folder in saved), "a saved model carries its checksums"
+    assert len(saved) == ("Saved  " in done.stdout)
     assert {path.name for path in tmp_path.iterdir()} <= {"stdlib", "cache", "text"}, "an example leaves no files about"
+
+
+def test_two_examples_do_not_write_to_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [example] = [path for path in EXAMPLES if path.name == "recall_example.py"]
+    monkeypatch.setattr(sys, "argv", [str(example), "--output_dir", str(tmp_path)])
+    with claimed(tmp_path, "mka-w16-seed0"), pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(example), run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        f"recall_example.py: another run is writing to {tmp_path / 'mka-w16-seed0'}; wait until it has ended, or "
+        "choose another --output_dir\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [".mka-w16-seed0.lock"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

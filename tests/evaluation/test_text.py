@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from memory_models import save_model, story
 from mka import cli
 from mka.commands import PerplexityConfig
-from mka.evaluation.text import DocumentScores, Window, by_position, score_documents, windows
+from mka.evaluation.text import DocumentScores, Window, by_position, score_documents, shown, windows
 from mka.loading import load
 
 KINDS = ("mha", "mka")
@@ -143,8 +143,25 @@ def test_a_model_does_not_differ_from_itself(saved: Path, capsys: pytest.Capture
 def test_one_document_has_no_interval(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.txt").write_text(story(1, 500))
     command = ["--model", saved / "mha", "--dataset", "text", "--text_path", tmp_path / "one.txt", "--split", "train"]
-    _, out, _ = run(capsys, *command)
-    assert out.count("no interval") == 4
+    output = tmp_path / "one.json"
+    status, out, _ = run(capsys, *command, "--baseline", saved / "mka", "--output", output)
+    assert status == 0
+    assert "one document: no interval can be computed" in out
+    for name in ("loss", "token perplexity", "word perplexity", "bits per byte", "0 to 63", "against"):
+        (line,) = (line for line in out.splitlines() if line.startswith(name) and "(" in line)
+        assert "(no interval)" in line
+    assert "bits per byte, no verdict" in out
+    found = json.loads(output.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["token_perplexity"]["value"] == pytest.approx(math.exp(found["loss"]["value"]))
+    assert (found["token_perplexity"]["low"], found["difference"]["high"]) == (None, None)
+
+
+def test_a_perplexity_beyond_every_number_is_said() -> None:
+    loss = np.array([800.0, 801.0])
+    one = np.ones(2)
+    figures = DocumentScores(loss, one, one, one, np.empty((0, 4))).figures()
+    assert shown(figures["loss"][1]).startswith("    800.5000  (800.0000 to")
+    assert shown(figures["token_perplexity"][1]).strip() == "above 1e308  (above 1e308 to above 1e308)"
 
 
 BAD = {

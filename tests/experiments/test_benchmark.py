@@ -12,6 +12,7 @@ import torch
 from checks import TOLERANCE
 from mka.config import ATTENTION_TITLES
 from mka.data import load_corpus, prepare_tokens
+from mka.evaluation import HeldOutLoss
 from mka.results import CurvePoint, Result, read_curve, read_results
 from tiny_runs import TINY, Place
 
@@ -30,6 +31,7 @@ SCHEMA = {
 }
 MEASURED = (
     *("train_seconds", "eval_seconds", "tokens_per_second", "memory_allocated", "memory_reserved", "busy_cores"),
+    "checksum",
 )
 
 
@@ -55,15 +57,28 @@ def test_all_six_run_when_none_is_named(six: Place) -> None:
     assert six.keys() == [(kind, 0) for kind in ATTENTION_TITLES]
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e9])
+def test_a_held_out_loss_without_a_perplexity_is_no_result(
+    loss: float, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mka.experiments.benchmark.held_out_loss", lambda *_: HeldOutLoss(loss, 1, 1, (loss,)))
+    monkeypatch.setattr("mka.training.loop.check_finite", lambda value, _what: value)
+    ended = place.bench("--attention_type", "mha")
+    assert ended.status == 1
+    said = f"mka: mha, seed 0: the held-out loss is {loss:.6g}, and its perplexity no finite number: no result\n"
+    assert ended.err == said
+    assert not (place.folder / "run" / "results.jsonl").exists()
+
+
 def test_the_folder_holds_everything(six: Place) -> None:
     folder = six.folder / "run"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     figures = {f"figures/{name}.svg" for name in ("loss_tokens", "loss_time", "perplexity_cache")}
     curves = {f"curves/{kind}-seed0.jsonl" for kind in ATTENTION_TITLES}
-    loadable = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    loadable = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "manifest.json")
     models = {f"models/{kind}-seed0/{name}" for kind in ATTENTION_TITLES for name in loadable}
     watched = {"costs.jsonl", "routing/mka-seed0.json", "routing/fmka-seed0.json"}
-    files = {"config.json", "environment.json", "results.jsonl", "table.md"}
+    files = {"config.json", "environment.json", "results.jsonl", "table.md", "manifest.json", ".lock"}
     assert names == files | figures | curves | models | watched
     assert not (folder / "checkpoints").exists(), "a training that has its result needs none"
 
@@ -71,7 +86,7 @@ def test_the_folder_holds_everything(six: Place) -> None:
 def test_rows_have_the_schema_and_make_sense(six: Place) -> None:
     for row in six.rows():
         assert set(row) >= SCHEMA
-        assert set(row) == {field.name for field in fields(Result)}
+        assert set(row) == {field.name for field in fields(Result)} | {"checksum"}
         assert row["perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
         assert 0 < row["train_loss"] < 7
         assert 0 < row["bits_per_byte"] < 8

@@ -63,6 +63,8 @@ def test_a_removed_row_is_run_again(copied: Place, missing: int) -> None:
     put(copied, before[:missing] + before[missing + 1 :])
     ended = copied.bench(*THREE)
     assert ran(ended.out) == [kinds[missing]]
+    lost = f"results.jsonl has lost the result of {kinds[missing].lower()}-seed0"
+    assert ended.err == f"warning: {copied.folder}/run: {lost}\n"
     assert skipped(ended.out) == kinds[:missing] + kinds[missing + 1 :]
     assert lines(copied)[:2] == before[:missing] + before[missing + 1 :]
     again, first = json.loads(lines(copied)[2]), json.loads(before[missing])
@@ -74,7 +76,9 @@ def test_a_torn_last_line_is_run_again(copied: Place, left: int) -> None:
     before = lines(copied)
     put(copied, [*before[:2], before[2][:left]])
     ended = copied.bench(*THREE)
-    assert (ended.status, ended.err) == (0, "")
+    cut = f"warning: {copied.folder}/run: results.jsonl is cut in line 3: that line was passed over\n"
+    lost = f"warning: {copied.folder}/run: results.jsonl has lost the result of gqa-seed0\n"
+    assert (ended.status, ended.err) == (0, f"{cut}{lost}{cut}"), "before the training, and beside the table"
     assert ran(ended.out) == ["GQA"]
     assert lines(copied)[:2] == before[:2]
     assert [row.attention_type for row in read_results(copied.folder / "run")] == ["mha", "mqa", "gqa"]

@@ -124,6 +124,21 @@ def test_scores_are_float32_under_bfloat16_autocast() -> None:
     assert retrieved.chunk[0, -1, 0, 0] == 1
 
 
+@pytest.mark.parametrize("chunks", [64, 129, 160, 1000])
+@pytest.mark.parametrize("top_k", [1, 4, 7])
+@pytest.mark.parametrize("candidates", [0, 1, 3, 33, 64, 100])
+def test_no_chunk_is_taken_twice(chunks: int, top_k: int, candidates: int) -> None:
+    """Few candidates among many: those of one run, or of fewer runs than chunks are wanted."""
+    generator = torch.Generator().manual_seed(candidates)
+    scores = torch.randn(5, 3, chunks, generator=generator)
+    scores[..., candidates:] = -torch.inf
+    best, place = longterm.top_by_place(scores.clone(), top_k)
+    by_hand = torch.sort(scores, dim=-1, descending=True, stable=True)
+    there = min(top_k, candidates, chunks)
+    assert torch.equal(best, by_hand.values[..., :top_k])
+    assert torch.equal(place[..., :there], by_hand.indices[..., :there])
+
+
 @pytest.mark.parametrize("chunks", [1, 31, 32, 33, 64, 129, 160, 1000])
 @pytest.mark.parametrize("top_k", [1, 4, 7])
 @pytest.mark.parametrize("kinds", [6, 300])

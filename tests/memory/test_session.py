@@ -6,7 +6,9 @@ from typing import Literal
 import pytest
 import torch
 
-from checks import close, rows
+from checks import close, make, rows
+from checks_state import in_calls
+from mka.attention import CausalAttention
 from mka.memory.session import LONGEST, SHORTEST, SessionAverage
 
 
@@ -61,3 +63,29 @@ def test_the_half_life_is_what_the_decay_says() -> None:
     x = torch.eye(9, dtype=torch.float64).unsqueeze(-1)
     weights = session(x)[:, -1, 0]
     close(weights[0] / weights[8], torch.tensor(math.exp(-1), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("logit", [-1e30, -200.0, -90.0, 17.0, 40.0, 200.0, 1e30])
+@torch.no_grad()
+def test_a_learned_decay_at_its_ends_can_be_carried_on(logit: float, dtype: torch.dtype) -> None:
+    """What rounds to 0 or 1 would divide nothing by nothing."""
+    attn = make("mka", dtype=dtype, top_k=100)
+    attn.get_parameter("session.decay_logit").fill_(logit)
+    assert_carried_on(attn, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("decay", [1e-300, 1e-60, 1e-30, 0.9999999, 0.99999999, 1 - 1e-15])
+@torch.no_grad()
+def test_a_fixed_decay_near_its_ends_can_be_carried_on(decay: float, dtype: torch.dtype) -> None:
+    assert_carried_on(make("mka", dtype=dtype, top_k=100, session_decay=decay), dtype)
+
+
+def assert_carried_on(attn: CausalAttention, dtype: torch.dtype) -> None:
+    x = rows(2, 33, dtype)
+    valid = torch.arange(33) >= torch.tensor([[0], [20]])  # a row without a token before the second call
+    whole = attn(x, valid=valid)[0]
+    assert whole.isfinite().all()
+    for cuts in ((12,), (5, 6, 30), range(1, 33)):
+        close(in_calls(attn, x, cuts, valid)[0], whole)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import checks
@@ -47,6 +48,21 @@ def test_a_converted_model_keeps_its_learned_gate(tmp_path: Path) -> None:
     gates = {name: p.item() for name, p in loaded.named_parameters() if name.endswith("router.gate")}
     assert list(gates.values()) == [0.5, 0.5]
     checks.close(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(("ours", "other"), [("q_norm", "q_proj.norm"), ("q_proj.norm", "q_norm")])
+def test_norms_of_heads_load_under_both_names(ours: str, other: str, tmp_path: Path) -> None:
+    """Once they stood inside the projections, and a folder may name them so."""
+    model = make_model("qwen3", "mka")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    pairs = [(ours, other), (ours.replace("q_", "k_"), other.replace("q_", "k_"))]
+    for before, after in pairs:
+        weights = {name.replace(f".{before}.", f".{after}."): weight for name, weight in weights.items()}
+    path.unlink()
+    save_file(weights, path, {"format": "pt"})
+    checks.close(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
 
 
 def test_another_process_needs_one_import(tmp_path: Path) -> None:

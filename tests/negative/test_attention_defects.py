@@ -73,6 +73,10 @@ def every_slot_is_read(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def infinities_reach_the_attention(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("mka.attention.base.bounded", lambda x: x)
+
+
 def chunks_merged_without_their_sums(patch: pytest.MonkeyPatch) -> None:
     """Every retrieved chunk weighs the same, whatever its scores."""
 
@@ -92,6 +96,10 @@ def causal_gradient(attn: Any) -> None:
 
 def causal_values(attn: Any) -> None:
     checks.assert_future_values_ignored(attn, checks.rows(2, TOKENS), huge=-1e3)
+
+
+def largest_values(attn: Any) -> None:
+    checks.assert_largest_values_ignored(attn, checks.rows(2, TOKENS))
 
 
 def naive_parity(attn: Any) -> None:
@@ -115,6 +123,7 @@ DEFECTS: list[tuple[Plant, tuple[str, ...], str, tuple[Callable[[Any], None], ..
     (no_mask_in_the_router, MEMORY, "small", (naive_parity,)),
     (every_slot_is_read, ("mka",), "small", (naive_parity,)),
     (chunks_merged_without_their_sums, ("mka",), "small", (naive_parity,)),
+    (infinities_reach_the_attention, ("mha", "mla", *MEMORY), "no-window", (largest_values,)),
 ]
 EACH = [
     pytest.param(plant, kind, variant, check, id=f"{plant.__name__}-{kind}-{variant}-{check.__name__}")

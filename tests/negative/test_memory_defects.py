@@ -35,6 +35,14 @@ def a_tie_goes_to_the_later_chunk(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(search, "top_by_place", later)
 
 
+def a_run_is_gathered_twice(patch: pytest.MonkeyPatch) -> None:
+    """A run without a candidate looks like one that was taken already."""
+    real, lowest = longterm.largest, torch.finfo(torch.float64).min
+    patch.setattr(
+        longterm, "largest", lambda scores, top_k: real(scores.masked_fill(scores == lowest, -torch.inf), top_k)
+    )
+
+
 def a_summary_that_counts_padding(patch: pytest.MonkeyPatch) -> None:
     real = longterm.write_chunk_means
 
@@ -140,6 +148,7 @@ MEMORIES = ("mka", "fmka")
 DEFECTS: list[tuple[Plant, tuple[str, ...], Callable[[Any], None]]] = [
     (a_chunk_may_retrieve_itself, MEMORIES, against_naive),
     (a_tie_goes_to_the_later_chunk, ("mka",), ties_against_naive),
+    (a_run_is_gathered_twice, MEMORIES, against_naive),
     (a_summary_that_counts_padding, MEMORIES, padded_pieces),
     (written_one_entry_late, MEMORIES, exact_pieces),
     (rows_share_a_store, MEMORIES, exact_pieces),
@@ -156,6 +165,7 @@ def test_the_memory_turns_red(
 ) -> None:
     monkeypatch.setattr(search, "CENTRE_CHUNKS", 2)
     monkeypatch.setattr(search, "RERANKED_LEAST", 2)
+    monkeypatch.setattr(longterm, "RUN", 2)
     attn = checks.make(kind)
     check(attn)
     plant(monkeypatch)

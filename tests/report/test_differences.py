@@ -1,5 +1,6 @@
 """Verdicts against mha: drawn from the interval, on the same blocks and seeds."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from mka.report import differences, write_report
 from mka.report.differences import differences_table
+from mka.report.page import difference_cells
 from mka.results import Result, append_result
 
 MakeResult = Callable[..., Result]
@@ -72,7 +74,16 @@ def test_only_seeds_and_blocks_that_both_have(make_result: MakeResult) -> None:
 
 def test_one_block_has_no_interval(make_result: MakeResult) -> None:
     (mka,) = differences([make_result(kind, eval_block_losses=[float(len(kind))]) for kind in ("mha", "mka")])
-    assert "(none), not distinguishable" in mka.line()
+    assert "(none), no verdict" in mka.line()
+
+
+def test_a_loss_that_is_no_number_gives_no_verdict(make_result: MakeResult) -> None:
+    losses = blocks(0)["eval_block_losses"]
+    spoilt = make_result("mka", eval_block_losses=[math.nan, *losses[1:]])
+    (mka,) = differences([make_result("mha", eval_block_losses=losses), spoilt])
+    assert "+nan nats per token (none), no verdict" in mka.line()
+    assert "| none | no verdict |" in differences_table([mka])
+    assert difference_cells(mka)[-1].value == "no verdict against MHA"
 
 
 def test_the_report_has_the_table_and_says_what_one_seed_is_worth(make_result: MakeResult, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -117,9 +118,19 @@ def test_a_seed_trained_twice_stands_once_with_its_last_figures(full_folder: Fil
     folder = full_folder(kinds=("mha", "mka"))
     once = pages(folder)
     lines = results_path(folder).read_text(encoding="utf-8").splitlines()
-    earlier = json.dumps(json.loads(lines[0]) | {"eval_loss": math.nan})
+    earlier = unsigned(lines[0], eval_loss=math.nan)
     results_path(folder).write_text("\n".join([earlier, *lines]) + "\n", encoding="utf-8")
-    assert pages(folder) == once
+    said = "results.jsonl has the result of mha-seed0 in lines 1 and 2: the last one counts."
+    html, markdown = pages(folder)
+    assert said in html
+    assert markdown.replace(f"- {said}\n", "") == once[1]
+
+
+def unsigned(line: str, **changes: float) -> str:
+    """A result with other figures, as it was before lines had checksums."""
+    row = json.loads(line)
+    del row["checksum"]
+    return json.dumps(row | {"schema_version": 3} | changes)
 
 
 def test_several_runs_stand_side_by_side(full_folder: FillFolder, fill_folder: FillFolder) -> None:
@@ -212,8 +223,8 @@ def test_only_results_are_needed(tmp_path: Path, make_result: MakeResult) -> Non
 def test_figures_that_are_not_numbers_are_shown_and_said(full_folder: FillFolder) -> None:
     folder = full_folder()
     lines = results_path(folder).read_text(encoding="utf-8").splitlines()
-    row = json.loads(lines[4]) | {"eval_loss": math.nan, "perplexity": math.inf}
-    results_path(folder).write_text("\n".join([*lines[:4], json.dumps(row), *lines[5:]]) + "\n", encoding="utf-8")
+    row = unsigned(lines[4], eval_loss=math.nan, perplexity=math.inf)
+    results_path(folder).write_text("\n".join([*lines[:4], row, *lines[5:]]) + "\n", encoding="utf-8")
     curve = curve_path(folder, "mka", 0).read_text(encoding="utf-8").splitlines()
     curve[-1] = json.dumps(json.loads(curve[-1]) | {"eval_loss": math.nan})
     curve_path(folder, "mka", 0).write_text("\n".join(curve) + "\n", encoding="utf-8")
@@ -233,9 +244,9 @@ def test_a_line_cut_in_the_middle_is_passed_over_and_said(
     whole = results_path(folder).read_bytes()
     results_path(folder).write_bytes(whole[: len(whole) - 40])
     assert cli.main(["report", str(folder)]) == 0
-    assert "results.jsonl is cut in line 2: that line was passed over" in capsys.readouterr().out
+    assert "results.jsonl is cut in line 2: that line was passed over\n" in capsys.readouterr().err
     html, _ = pages(folder)
-    assert "results.jsonl is cut in line 2: that line was passed over, all others were read." in html
+    assert "results.jsonl is cut in line 2: that line was passed over." in html
     assert '<th scope="row">MHA</th>' in html
     assert '<th scope="row">MKA</th>' not in html
 
@@ -258,6 +269,17 @@ def test_warnings(full_folder: FillFolder, make_result: MakeResult, tmp_path: Pa
     assert "beside 1 of 4 trainings other processes kept up to 1.2 cores at work" in text
     assert "Ran with local changes: abc+." in text
     assert "Ran with 2 commits: None, abc+." in text
+
+
+def test_a_warning_where_there_is_no_verdict(full_folder: FillFolder, make_result: MakeResult) -> None:
+    folder = full_folder(kinds=("mha",), seeds=(0,))
+    losses = make_result("mha").eval_block_losses
+    spoilt = make_result("gqa", eval_block_losses=[*losses[1:], math.nan], eval_loss=math.nan)
+    (run,) = read_runs([folder])
+    rows = [*run.rows, spoilt, make_result("mqa", eval_block_losses=losses)]
+    text = "\n".join(warnings([replace(run, rows=rows)]))
+    assert "No verdict, one held-out block or a loss that is no number has no interval: GQA and MHA." in text
+    assert "Not distinguishable, the interval holds 0: MQA and MHA." in text
 
 
 def test_collapsed_routers_are_named_once_and_a_router_without_a_choice_is_none(
@@ -289,7 +311,7 @@ def test_the_commands_answers(full_folder: FillFolder, capsys: pytest.CaptureFix
         ("{ours} {ours} --html {page}", "mka: {ours} is given twice; give each folder once"),
         ("{ours} {empty} --html {page}", "mka: {empty} holds no results.jsonl; give the folder of a `mka bench` run"),
         ("{ours} {nowhere} --html {page}", "mka: {nowhere} holds no results.jsonl"),
-        ("{ours} {other} --html {page}", "line 1 is not a result of schema version 1 to 3; it says 9"),
+        ("{ours} {other} --html {page}", "line 1 is not a result of schema version 1 to 4; it says 9"),
         ("{ours} --html {empty}", "Is a directory"),
         ("--html {page}", "folders"),
     ],

@@ -1,5 +1,6 @@
 """Mean and spread over seeds, order of mechanisms, what counts of repeated seeds."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -29,6 +30,13 @@ def test_perplexity_is_the_mean_of_perplexities(make_result: MakeResult) -> None
 def test_one_seed_has_no_spread(make_result: MakeResult) -> None:
     (summary,) = summarise([make_result(train_loss=4.25)])
     assert summary.train_loss == Mean(4.25, None)
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_has_no_spread(make_result: MakeResult, spoilt: float) -> None:
+    (summary,) = summarise([make_result(seed=0, train_loss=spoilt), make_result(seed=1, train_loss=4.0)])
+    assert not math.isfinite(summary.train_loss.value)
+    assert summary.train_loss.spread is None
 
 
 def test_memory_is_none_unless_every_seed_measured_it(make_result: MakeResult) -> None:

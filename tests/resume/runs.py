@@ -13,7 +13,9 @@ import pytest
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from launch import COMMANDS, Launch
+from mka.folders import ALTERED, MISSING
 from mka.results import read_results, results_path
+from mka.verifying import all_states
 from resume import child
 from resume.child import Instant, Job
 from tiny_runs import fingerprint
@@ -24,7 +26,7 @@ ARGUMENTS = ("--preset", "tiny", "--attention_type", "mha", "fmka", "--local_win
 ARGUMENTS += ("--top_k", "2", "--max_steps", "12", "--save_steps", "3", "--keep_checkpoints", "2", "--dataset", "text")
 MEASURED = {
     *("train_seconds", "eval_seconds", "tokens_per_second"),
-    *("memory_allocated", "memory_reserved", "busy_cores", "environment"),
+    *("memory_allocated", "memory_reserved", "busy_cores", "environment", "checksum"),
 }
 """Fields of a result that no two runs share."""
 PATIENCE = 180
@@ -140,9 +142,14 @@ class Case:
         )
 
     def left_over(self) -> set[str]:
-        """What lies in the folder although all is finished: checkpoints, temporary files."""
-        names = fingerprint(self.folder)
+        """What lies in the folder although all is finished: checkpoints, temporary files; not the lock."""
+        names = set(fingerprint(self.folder)) - {".lock"}
         return {name for name in names if name.startswith("checkpoints") or is_hidden(name)}
+
+    def altered(self) -> list[str]:
+        """What is not as its manifest says; a checkpoint that was being removed does not count."""
+        found = all_states(self.folder)
+        return [name for name, state in found if state in (ALTERED, MISSING) and not name.startswith("checkpoints/")]
 
     def go_on(self, defect: str = "") -> Ended:
         """Give the command to the end: it may not complain, nor do again what is finished."""

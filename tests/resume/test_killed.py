@@ -77,8 +77,31 @@ def test_there_are_twenty_instants_of_all_kinds() -> None:
 def test_killed_once(whole: Case, case: Case, function: str, moment: Moment, fraction: float) -> None:
     killed = case.start(instant_of(whole, function, moment, fraction))
     assert killed.struck, killed.printed
+    assert case.altered() == []
     case.go_on()
     assert case.outcome() == whole.outcome()
+    assert case.altered() == []
+
+
+MANIFESTS: list[tuple[str, list[Moment]]] = [
+    ("mka.folders.write_atomically", ALL),
+    ("mka.folders.write_manifest", ALL),
+    ("mka.storage.replace_folder", BOTH),
+]
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
+def test_killed_around_a_manifest(whole: Case, case: Case, seed: int) -> None:
+    """Before, within and after every kind of write: nothing that is whole looks altered, and the command goes on."""
+    draw = random.Random(seed)
+    function, moments = MANIFESTS[seed % len(MANIFESTS)]
+    killed = case.start(instant_of(whole, function, draw.choice(moments), draw.random()))
+    assert killed.struck, killed.printed
+    assert case.altered() == []
+    assert "warning" not in case.go_on().printed
+    assert case.outcome() == whole.outcome()
+    assert case.altered() == []
+    assert case.left_over() == set()
 
 
 @pytest.mark.slow

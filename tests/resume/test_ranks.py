@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+from disks import files
+from mka.folders import claimed
 from resume.child import Instant, Moment
 from resume.runs import Case
 
@@ -55,3 +57,16 @@ def test_torchrun_restarts_the_ranks(whole_on_two: Case, case_on_two: Case, late
     assert "Going on after step 6 of 12" in ended.printed
     assert "while the ranks were joining" not in ended.printed, "an attempt was spent on the address of a dead rank"
     assert case_on_two.outcome() == whole_on_two.outcome()
+
+
+def test_a_folder_that_another_run_writes_to(case_on_two: Case) -> None:
+    """Both ranks end with status 2 and one of them says why, before anything is written; then the command works."""
+    with claimed(case_on_two.folder):
+        refused = case_on_two.start()
+        assert refused.statuses == [2, 2], refused.printed
+        said = (
+            f"another run is writing to {case_on_two.folder}; wait until it has ended, or choose another --output_dir"
+        )
+        assert refused.printed.splitlines() == [f"benchmark.py: {said}"]
+        assert files(case_on_two.folder) == {".lock"}
+    case_on_two.go_on()

@@ -162,12 +162,12 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, disk: Callable[[],
 # ---- weights under a name of their own
 
 
-def test_exported_weights_are_those_of_the_newest_and_outlive_it(tmp_path: Path) -> None:
+def test_exported_weights_are_those_of_the_step_and_outlive_it(tmp_path: Path) -> None:
     checkpoints, path = checkpoints_in(tmp_path / "checkpoints"), tmp_path / "models" / "mha.safetensors"
     for step in (3, 6):
         checkpoints.save(tiny.some_checkpoint(step))
         for _ in range(2):
-            checkpoints.export_weights(path)
+            checkpoints.export_weights(step, path)
         held = (checkpoints.folder / f"step-{step:08d}" / "model.safetensors").read_bytes()
         assert path.read_bytes() == held
         assert files(path.parent) == {"mha.safetensors"}
@@ -175,6 +175,30 @@ def test_exported_weights_are_those_of_the_newest_and_outlive_it(tmp_path: Path)
     assert files(tmp_path) == {"models"}
     with safe_open(path, "pt") as weights:
         assert set(weights.keys()) == set(tiny.some_checkpoint(6).weights)
+
+
+@pytest.mark.parametrize("damage", tiny.DAMAGES)
+def test_weights_of_a_damaged_checkpoint_are_not_exported(tmp_path: Path, damage: str) -> None:
+    """Neither they nor, in their place, those of the checkpoint before."""
+    checkpoints, path = checkpoints_in(tmp_path), tmp_path / "model.safetensors"
+    for step in (3, 6):
+        checkpoints.save(tiny.some_checkpoint(step))
+    tiny.DAMAGES[damage](checkpoints.folder / "step-00000006" / "model.safetensors")
+    with pytest.raises(InputError, match=r"the weights of .*step-00000006 cannot be kept: model\.safetensors "):
+        checkpoints.export_weights(6, path)
+    assert not path.exists()
+
+
+def test_weights_of_another_step_are_not_exported(tmp_path: Path) -> None:
+    tiny.assert_exports_the_step(tmp_path)
+
+
+def test_weights_of_another_run_are_not_exported(tmp_path: Path) -> None:
+    ours, path = checkpoints_in(tmp_path), tmp_path / "model.safetensors"
+    ours.save(tiny.some_checkpoint(6))
+    with pytest.raises(InputError, match=r"is of another run: seed is 0 there, 1 here"):
+        Checkpoints(ours.folder, IDENTITY | {"seed": 1}).export_weights(6, path)
+    assert not path.exists()
 
 
 def test_clearing_leaves_those_of_another_training(tmp_path: Path) -> None:

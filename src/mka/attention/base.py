@@ -1,5 +1,6 @@
 """The contract every mechanism signs (docs/attention.md)."""
 
+import math
 from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Literal
@@ -78,6 +79,7 @@ class CausalAttention(nn.Module, ABC):
                 valid = None
         if self.rotary is None:
             positions = None
+        x = bounded(x)
         rows = None if valid is None else packing(valid)
         if rows is not None:
             x = rows.pack(x)
@@ -109,14 +111,13 @@ class CausalAttention(nn.Module, ABC):
         what is retrieved is kept and how it is found (None: on the device, exactly).
         Raises ValueError for a mechanism that retrieves nothing where something else is asked for.
         """
-        weight = next(self.parameters())
-        entries = self.state_of(dtype or weight.dtype, longterm)
+        entries = self.state_of(dtype or self.own_dtype, longterm)
         if longterm is not None and longterm.is_special and not any(e.block for e in entries.values()):
             raise InputError(
                 f"{longterm.asked_for}; {type(self).__name__} as it is here retrieves nothing; allowed: "
                 "longterm_store device, longterm_search exact, no bank"
             )
-        return State(type(self).__name__, entries, batch_size, device or weight.device, reversible, longterm)
+        return State(type(self).__name__, entries, batch_size, device or self.own_device, reversible, longterm)
 
     def state_of(self, dtype: torch.dtype, longterm: LongTerm | None) -> dict[str, Entry]:
         """The stores of a state whose long-term memory is kept and searched that way."""
@@ -144,8 +145,18 @@ class CausalAttention(nn.Module, ABC):
     ) -> int:
         """Bytes of the state of `batch_size` rows of `num_tokens` tokens in `dtype` (None: the module's own), wherever
         they are kept; those of a bank are not counted."""
-        entries = self.state_of(dtype or next(self.parameters()).dtype, longterm).values()
+        entries = self.state_of(dtype or self.own_dtype, longterm).values()
         return batch_size * sum(entry.nbytes(num_tokens, reversible) for entry in entries)
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """That of the weights which are real numbers: a quantized layer has others, or none."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    @property
+    def own_device(self) -> torch.device:
+        """That of the weights."""
+        return next((p.device for p in self.parameters()), torch.get_default_device())
 
     def init_weights(self, std: float, residual_std: float) -> None:
         """GPT-2's initialisation: normal weights, zero biases, the projection into the residual stream scaled."""
@@ -177,3 +188,20 @@ class CausalAttention(nn.Module, ABC):
     def form_of_state(self) -> dict[str, Entry]:
         """`state_entries`, made once: a step of decoding is short."""
         return self.state_entries(torch.float32)
+
+
+def bounded(x: Tensor) -> Tensor:
+    """x, no finite number of it beyond the root of its dtype's largest: products with it then stay finite.
+
+    Attention gives the future a weight of zero, and zero times infinity is not zero. NaN and infinity stay what they
+    are: a training has to stop at them. float16 is left as it is: its root is 256, a number that a model may well need.
+    """
+    if x.dtype == torch.float16:
+        return x
+    limit = math.sqrt(torch.finfo(x.dtype).max)
+    return torch.where(x.isinf(), x, x.clamp(-limit, limit))
+
+
+def normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """`norm` in the dtype that it takes: under autocast a mismatch leaves the fused kernel."""
+    return norm(x.to(next((p.dtype for p in norm.parameters()), x.dtype)))

@@ -65,9 +65,9 @@ class FastMemoryKeyedAttention(MemoryAttention):
 
     def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         """Query, memories, route, fuse, attend, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
-        q, t = self.heads(self.q_proj, x), token_index(x, state)
+        q, t = self.queries(x), token_index(x, state)
         f = self.fuse(x, t, self.router(q, self.levels_at(t, 0, state)), state)
-        k, v = self.heads(self.k_proj, f), self.heads(self.v_proj, f)
+        k, v = self.keys(f), self.values(f)
         o = attend_local(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window, state)
         return self.o_proj(o.flatten(2))
 

@@ -36,7 +36,7 @@ class GroupedQueryAttention(GroupedAttention):
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, head_dim, bias, rotary)
 
     def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
-        q, k, v = self.heads(self.q_proj, x), self.heads(self.k_proj, x), self.heads(self.v_proj, x)
+        q, k, v = self.queries(x), self.keys(x), self.values(x)
         o = attend_local(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window, state)
         return self.o_proj(o.flatten(2))
 

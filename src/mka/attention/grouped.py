@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from mka.attention.base import Bias, CausalAttention
+from mka.attention.base import Bias, CausalAttention, normalise
 from mka.config import InputError, SessionDecay, check_at_least, check_memory
 from mka.memory.local import local_entries
 from mka.memory.longterm import num_candidates
@@ -18,7 +18,13 @@ from mka.ops.rotary import RotaryEmbedding
 
 
 class GroupedAttention(CausalAttention):
-    """H query heads of D over G key/value heads of D: Wq (C, HD), Wk and Wv (C, GD), Wo (HD, C)."""
+    """H query heads of D over G key/value heads of D: Wq (C, HD), Wk and Wv (C, GD), Wo (HD, C).
+
+    `normalise_heads` puts an RMSNorm over D behind Wq and Wk (QK-norm, as Qwen3 has it); without it there is none.
+    """
+
+    q_norm: nn.RMSNorm | None
+    k_norm: nn.RMSNorm | None
 
     def __init__(
         self,
@@ -37,16 +43,37 @@ class GroupedAttention(CausalAttention):
         self.q_proj = nn.Linear(hidden_size, self.inner_size, bias=bool(bias))
         self.k_proj = nn.Linear(hidden_size, self.kv_size, bias=bool(bias))
         self.v_proj = nn.Linear(hidden_size, self.kv_size, bias=bool(bias))
+        self.register_module("q_norm", None)
+        self.register_module("k_norm", None)
         self.o_proj = self.output_projection()
 
-    def heads(self, project: nn.Linear, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, heads, D)."""
-        return project(x).unflatten(-1, (-1, self.head_dim))
+    def normalise_heads(self, eps: float) -> None:
+        """Normalise queries and keys, head by head, before any rotary embedding."""
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, eps=eps) for _ in range(2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(..., heads D) -> (..., heads, D)."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x (..., C) -> q (..., H, D), not yet rotated."""
+        q = self.heads(self.q_proj(x))
+        return q if self.q_norm is None else normalise(self.q_norm, q).to(q.dtype)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """x (..., C) -> k (..., G, D), not yet rotated."""
+        k = self.heads(self.k_proj(x))
+        return k if self.k_norm is None else normalise(self.k_norm, k).to(k.dtype)
+
+    def values(self, x: Tensor) -> Tensor:
+        """x (..., C) -> v (..., G, D)."""
+        return self.heads(self.v_proj(x))
 
     @property
     def num_parameters(self) -> int:
         c, kv = self.hidden_size, self.kv_size
-        return self.linear_parameters((c, self.inner_size), (c, kv), (c, kv))
+        norms = 0 if self.q_norm is None else 2 * self.head_dim
+        return self.linear_parameters((c, self.inner_size), (c, kv), (c, kv)) + norms
 
     def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
         """k and v of the tokens in the window."""

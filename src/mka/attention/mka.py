@@ -82,12 +82,12 @@ class MemoryKeyedAttention(MemoryAttention):
 
     def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         """Query, route, three reads, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
-        q, k, v = self.heads(self.q_proj, x), self.heads(self.k_proj, x), self.heads(self.v_proj, x)
+        q, k, v = self.queries(x), self.keys(x), self.values(x)
         levels = self.levels_at(token_index(x, state), self.session_stride - 1, state)
         weights = self.router(q, levels).to(q.dtype)
         o = weights[..., LOCAL, None, None] * self.read_local(q, k, v, positions, state)
         if self.session is not None:
-            read = self.read_session(q, self.session(x, state), positions, state)
+            read = self.read_session(q, self.session(x, state).to(x.dtype), positions, state)
             o = o + weights[..., SESSION, None, None] * read
         if self.top_k:
             read = self.read_long_term(q, k, v) if state is None else self.read_chunks(q, k, v, state)
@@ -113,8 +113,7 @@ class MemoryKeyedAttention(MemoryAttention):
 
     def slots(self, m: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """k and v (B, N, G, D) of averages m (B, N, C)."""
-        m = m.to(self.k_proj.weight.dtype)
-        return self.rotate(self.heads(self.k_proj, m), positions), self.heads(self.v_proj, m)
+        return self.rotate(self.keys(m), positions), self.values(m)
 
     def read_long_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """a_3 (B, T, H, D); zeros before the first token that has a candidate.

@@ -12,11 +12,14 @@ D = C / H, R latent rank.
 import torch
 from torch import Tensor, cat, einsum, nn
 
-from mka.attention.base import Bias, CausalAttention
+from mka.attention.base import Bias, CausalAttention, normalise
 from mka.config import InputError, check_at_least
 from mka.memory.local import attend_local
 from mka.memory.state import Entry, State
 from mka.ops.rotary import RotaryEmbedding
+
+LATENT = ("latent", "latent")
+"""The state's store, as keys and as values."""
 
 
 class MultiHeadLatentAttention(CausalAttention):
@@ -68,26 +71,35 @@ class MultiHeadLatentAttention(CausalAttention):
     def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         q = self.queries(x, positions)
         z, k_rope = self.latent(x, positions)
-        if state is not None and not state.is_fresh:
-            return self.o_proj(self.absorbed(q, z, k_rope, state).flatten(2))
-        k = self.k_up_proj(z).unflatten(-1, (self.num_heads, -1))
-        v = self.v_up_proj(z).unflatten(-1, (self.num_heads, -1))
-        if k_rope is not None:
-            k = cat([k, k_rope.expand(-1, -1, self.num_heads, -1)], dim=-1)
-        if state is not None:
-            state.write("latent", joined(z, k_rope))
-        o = attend_local(q, k, v, self.local_window)
+        if state is None or state.is_fresh:
+            if state is not None:
+                state.write("latent", joined(z, k_rope))
+            o = attend_local(q, *self.expanded(joined(z, k_rope)), self.local_window)
+        elif is_plain(self.k_up_proj) and is_plain(self.v_up_proj):
+            o = self.absorbed(q, z, k_rope, state)
+        else:
+            latent = joined(z, k_rope)
+            o = attend_local(q, latent, latent, self.local_window, state, LATENT, expand=self.expanded)
         return self.o_proj(o.flatten(2))
+
+    def expanded(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """k (B, S, H, D + D_rope) and v (B, S, H, D) of latents (B, S, 1, R + D_rope)."""
+        z, k_rope = latent[:, :, 0, : self.kv_lora_rank], latent[..., self.kv_lora_rank :]
+        k, v = (layer(z).unflatten(-1, (self.num_heads, -1)) for layer in (self.k_up_proj, self.v_up_proj))
+        if self.rotary is not None:
+            k = cat([k, k_rope.expand(-1, -1, self.num_heads, -1)], dim=-1)
+        return k, v
 
     def absorbed(self, q: Tensor, z: Tensor, k_rope: Tensor | None, state: State) -> Tensor:
         """o (B, T, H, D) from latents alone: Wuk folded into the query, Wuv into the output.
 
-        The latents are keys and values of one head; a bias of Wuk adds the same to all scores of a query.
+        The latents are keys and values of one head; a bias of Wuk adds the same to all scores of a query. It reads the
+        weights of Wuk and Wuv, so both must be plain layers.
         """
         w_uk, w_uv = (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.k_up_proj, self.v_up_proj))
         q = cat([einsum("bthd,hdr->bthr", q[..., : self.head_dim], w_uk), q[..., self.head_dim :]], dim=-1)
         latent, scale = joined(z, k_rope), (self.head_dim + self.qk_rope_head_dim) ** -0.5
-        read = attend_local(q, latent, latent, self.local_window, state, ("latent", "latent"), scale)
+        read = attend_local(q, latent, latent, self.local_window, state, LATENT, scale)
         o = einsum("bthr,hdr->bthd", read[..., : self.kv_lora_rank], w_uv)
         return o if self.v_up_proj.bias is None else o + self.v_up_proj.bias.unflatten(0, (self.num_heads, -1))
 
@@ -133,6 +145,12 @@ def joined(z: Tensor, k_rope: Tensor | None) -> Tensor:
     return z if k_rope is None else cat([z, k_rope.to(z.dtype)], dim=-1)
 
 
-def normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """`norm` in the dtype of its weight: under autocast a mismatch leaves the fused kernel."""
-    return norm(x.to(norm.weight.dtype))
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer does no more than its weight says: it is torch's own, nothing wraps it or hooks it.
+
+    Adapters and quantization put another class in its place, or in that of its weight, parametrizations too; pruning,
+    offloading and sharding hook it, or put a function of their own over its forward.
+    """
+    if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
+        return False
+    return not (layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer))

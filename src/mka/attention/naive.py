@@ -13,7 +13,7 @@ from torch import Tensor
 from mka.attention.base import CausalAttention
 from mka.attention.fmka import FastMemoryKeyedAttention
 from mka.attention.gqa import GroupedQueryAttention
-from mka.attention.grouped import GroupedAttention, MemoryAttention
+from mka.attention.grouped import MemoryAttention
 from mka.attention.mka import MemoryKeyedAttention
 from mka.attention.mla import MultiHeadLatentAttention
 from mka.ops.rotary import RotaryEmbedding
@@ -52,16 +52,12 @@ def place(rotary: RotaryEmbedding | None, x: Tensor, position: Tensor | int) -> 
     return rotary(x[None, None], torch.as_tensor(position).reshape(1))[0, 0]
 
 
-def heads(attn: GroupedAttention, project: torch.nn.Linear, x: Tensor) -> Tensor:
-    return project(x).unflatten(0, (-1, attn.head_dim))
-
-
 def naive_gqa(attn: GroupedQueryAttention, x: Tensor, positions: Tensor) -> Iterator[Tensor]:
     keys, values = [], []
     for x_t, position in zip(x, positions, strict=True):
-        q = place(attn.rotary, heads(attn, attn.q_proj, x_t), position)
-        keys.append(place(attn.rotary, heads(attn, attn.k_proj, x_t), position))
-        values.append(heads(attn, attn.v_proj, x_t))
+        q = place(attn.rotary, attn.queries(x_t), position)
+        keys.append(place(attn.rotary, attn.keys(x_t), position))
+        values.append(attn.values(x_t))
         first = window_start(attn, len(keys))
         yield attn.o_proj(attend(q, keys[first:], values[first:]).flatten())
 
@@ -91,14 +87,14 @@ def naive_mka(attn: MemoryKeyedAttention, x: Tensor, positions: Tensor) -> Itera
     placed, raw, values, slots, slot_values, summaries = [], [], [], [], [], []
     session = Session(attn)
     for t, (x_t, position) in enumerate(zip(x, positions, strict=True)):
-        q = heads(attn, attn.q_proj, x_t)
-        raw.append(heads(attn, attn.k_proj, x_t))
+        q = attn.queries(x_t)
+        raw.append(attn.keys(x_t))
         placed.append(place(attn.rotary, raw[-1], position))
-        values.append(heads(attn, attn.v_proj, x_t))
+        values.append(attn.values(x_t))
         m = session.add(x_t)
         if m is not None and (t + 1) % attn.session_stride == 0:
-            slots.append(place(attn.rotary, heads(attn, attn.k_proj, m), position))
-            slot_values.append(heads(attn, attn.v_proj, m))
+            slots.append(place(attn.rotary, attn.keys(m), position))
+            slot_values.append(attn.values(m))
         if (t + 1) % attn.chunk_size == 0:
             summaries.append(torch.stack(raw[-attn.chunk_size :]).mean(0))
         first = window_start(attn, t + 1)
@@ -137,7 +133,7 @@ def naive_fmka(attn: FastMemoryKeyedAttention, x: Tensor, positions: Tensor) -> 
     keys, values, means, index_keys = [], [], [], []
     session = Session(attn)
     for t, (x_t, position) in enumerate(zip(x, positions, strict=True)):
-        q = heads(attn, attn.q_proj, x_t)
+        q = attn.queries(x_t)
         m = session.add(x_t)
         if attn.top_k and (t + 1) % attn.chunk_size == 0:
             means.append(x[t + 1 - attn.chunk_size : t + 1].mean(0))
@@ -151,8 +147,8 @@ def naive_fmka(attn: FastMemoryKeyedAttention, x: Tensor, positions: Tensor) -> 
             r = (scores[None, chosen].softmax(-1) @ torch.stack([means[j] for j in chosen])).squeeze(0)
         mix = route(attn, q, [True, m is not None, candidates > 0])
         f = mix[0] * x_t + mix[1] * (x_t * 0 if m is None else m) + mix[2] * r
-        keys.append(place(attn.rotary, heads(attn, attn.k_proj, f), position))
-        values.append(heads(attn, attn.v_proj, f))
+        keys.append(place(attn.rotary, attn.keys(f), position))
+        values.append(attn.values(f))
         first = window_start(attn, t + 1)
         yield attn.o_proj(attend(place(attn.rotary, q, position), keys[first:], values[first:]).flatten())
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from mka.config import InputError
 from mka.data.hub import NOT_REACHED, first_line, hub_is_reachable
+from mka.folders import check_saved
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -78,6 +79,7 @@ def load_tokenizer(spec: str, train_texts: Iterable[str] = (), vocab_size: int =
         return load_gpt2()
     if os.path.isfile(spec):
         return load_tokenizer_json(spec, spec)
+    check_saved(Path(spec))
     names = set(os.listdir(spec)) if os.path.isdir(spec) else set()
     if "tokenizer.json" in names and names.isdisjoint(("tokenizer_config.json", "config.json")):
         return load_tokenizer_json(os.path.join(spec, "tokenizer.json"), spec)

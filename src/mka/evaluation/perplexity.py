@@ -32,8 +32,8 @@ class HeldOutLoss:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), per token of this tokenizer."""
-        return math.exp(self.loss)
+        """exp(loss), per token of this tokenizer; infinite where it is beyond every number."""
+        return math.inf if self.loss > 709 else math.exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float:

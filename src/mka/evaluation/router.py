@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.hooks import RemovableHandle
 
 from mka.attention.fmka import FastMemoryKeyedAttention
 from mka.attention.grouped import MemoryAttention
@@ -140,12 +141,9 @@ def observe(model: Any, layers: list[MemoryAttention], ids: Tensor) -> list[Seen
         def router(_module: Any, inputs: tuple[Tensor, Tensor], weights: Tensor) -> None:
             routed[number] = weights.float().cpu(), inputs[1].expand(weights.shape).cpu()
 
-        def query(_module: Any, _inputs: Any, projected: Tensor) -> None:
-            queries[number] = projected
-
         add(attn.router.register_forward_hook(router))
         if attn.top_k:
-            add(index_projection(attn).register_forward_hook(query))
+            add(watch_queries(attn, lambda q: queries.update({number: q})))
 
     with hooks() as add:
         for number, attn in enumerate(layers):
@@ -157,23 +155,19 @@ def observe(model: Any, layers: list[MemoryAttention], ids: Tensor) -> list[Seen
         distance = torch.empty(0)
         if number in queries:  # a row within the window is never searched
             t = torch.arange(ids.shape[1], device=queries[number].device)
-            chosen = search(index_queries(attn, queries[number]), state, attn.index_store, t[None], attn.limits)
+            chosen = search(queries[number], state, attn.index_store, t[None], attn.limits)
             back = t.view(-1, 1, 1) - ((chosen.chunk + 1) * attn.chunk_size - 1)
             distance = back[chosen.found].float().cpu()
         found.append(Seen(*routed[number], distance))
     return found
 
 
-def index_projection(attn: MemoryAttention) -> nn.Module:
-    """What makes the queries that `attn` searches by."""
-    return attn.index_q_proj if isinstance(attn, FastMemoryKeyedAttention) else attn.q_proj
-
-
-def index_queries(attn: MemoryAttention, projected: Tensor) -> Tensor:
-    """(B, T, G, E), from what `index_projection(attn)` gave."""
-    if isinstance(attn, MemoryKeyedAttention):
-        return attn.index_queries(projected.unflatten(-1, (-1, attn.head_dim)))
-    return projected.unsqueeze(2)
+def watch_queries(attn: MemoryAttention, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    """Have `keep` called with the queries (B, T, G, E) by which `attn` searches its chunks; the hook can be removed."""
+    if isinstance(attn, FastMemoryKeyedAttention):
+        return attn.index_q_proj.register_forward_hook(lambda _module, _inputs, u: keep(u.unsqueeze(2)))
+    index_queries = cast(MemoryKeyedAttention, attn).index_queries  # of what its router is given
+    return attn.router.register_forward_hook(lambda _module, inputs, _weights: keep(index_queries(inputs[0])))
 
 
 def layer_row(attn: MemoryAttention, seen: Seen) -> dict[str, Any]:
@@ -227,7 +221,7 @@ def knock_out(model: Any, layers: list[MemoryAttention], batches: Any, say: Say)
                 add(attn.router.register_forward_pre_hook(take_away))
             difference = ratio(row_losses(model, batches) - whole, np.ones(len(whole)))
         say(f"without {name}: {shown(difference, signed=True)}  nats per token, {verdict(difference)}")
-        found[name] = difference._asdict()
+        found[name] = difference.record()
     return found
 
 

@@ -57,6 +57,8 @@ def ask(config: RulerConfig, model: Any, tokenizer: Any, task: str, length: int)
     made_for = {"tokenizer": config.model, "max_seq_lengths": [length]}
     try:
         found = evaluate(asked, tasks=[task], limit=config.samples, metadata=made_for, bootstrap_iters=0)
+    except InputError:
+        raise
     except (ZeroDivisionError, IndexError, ValueError) as error:
         raise InputError(
             f"tasks holds {task!r}; it cannot be made of {length:,} tokens of this tokenizer ({error}): "

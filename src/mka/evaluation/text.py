@@ -65,8 +65,8 @@ class Window(NamedTuple):
 
 
 def exp(x: float) -> float:
-    """Infinity where a perplexity is beyond every number."""
-    return math.exp(x) if x < 709 else math.inf
+    """Infinity where a perplexity is beyond every number; NaN, an interval that is not there, stays NaN."""
+    return math.inf if x > 709 else math.exp(x)
 
 
 def windows(num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
@@ -88,7 +88,9 @@ def score_text(config: PerplexityConfig, say: Say) -> None:
     say(f"windows of {length:,} tokens, {config.stride or length:,} predicted in each but the first")
     for name, (unit, estimate) in scores.figures().items():
         say(f"{name.replace('_', ' '):<17} {shown(estimate)}  {unit}")
-    rows = {name: estimate._asdict() for name, (_, estimate) in scores.figures().items()}
+    if len(scores.nats) == 1:
+        say("one document: no interval can be computed, it takes two or more")
+    rows = {name: estimate.record() for name, (_, estimate) in scores.figures().items()}
     positions = list(by_position(scores.long))
     if positions:
         say(f"loss by position, in the {len(scores.long)} documents of {length:,} tokens or more, nats per token:")
@@ -96,7 +98,8 @@ def score_text(config: PerplexityConfig, say: Say) -> None:
         say(f"{f'{begin:,} to {end - 1:,}':<17} {shown(estimate)}")
     found = {"model": config.model, "dataset": config.dataset, "split": config.split, "windows": length}
     sums = {"documents": len(scores.nats), "tokens": int(scores.tokens.sum()), "bytes": int(scores.num_bytes.sum())}
-    found |= {**sums, **rows, "by_position": [[begin, end, *estimate] for begin, end, estimate in positions]}
+    by_range = [[begin, end, *estimate.record().values()] for begin, end, estimate in positions]
+    found |= {**sums, **rows, "by_position": by_range}
     if config.baseline is not None:
         found["difference"] = compare(scores, config, documents, say)
     if config.output is not None:
@@ -110,13 +113,16 @@ def compare(scores: DocumentScores, config: PerplexityConfig, documents: Sequenc
     difference = ratio(nats, scores.num_bytes)
     word = verdict(difference)
     say(f"against {config.baseline}: {shown(difference, signed=True)}  bits per byte, {word}")
-    return {"baseline": config.baseline, "verdict": word, **difference._asdict()}
+    return {"baseline": config.baseline, "verdict": word, **difference.record()}
 
 
 def shown(estimate: Estimate, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
-    value, low, high = (f"{x:{sign},.4f}" if abs(x) < SHOWN_IN_FULL else f"{x:{sign}.3e}" for x in estimate)
-    return f"{value:>12}  ({'no interval' if math.isnan(estimate.low) else f'{low} to {high}'})"
+    value, low, high = (
+        "above 1e308" if x == math.inf else f"{x:{sign},.4f}" if abs(x) < SHOWN_IN_FULL else f"{x:{sign}.3e}"
+        for x in estimate
+    )
+    return f"{value:>12}  ({f'{low} to {high}' if estimate.has_interval else 'no interval'})"
 
 
 def chosen_documents(config: TextConfig) -> list[str]:

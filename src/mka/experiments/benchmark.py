@@ -4,8 +4,10 @@ corpus -> tokens -> same batches in the same order -> model with one mechanism -
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -36,6 +38,7 @@ from mka.models import (
     preset_config,
 )
 from mka.results import Result, append_result, write_curve
+from mka.storage import replace_folder
 from mka.training import (
     Checkpoints,
     NonFiniteLoss,
@@ -62,31 +65,37 @@ def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[
     """Run what is missing of a comparison; returns its folder. Every rank of a launch calls it; the first one writes.
 
     `on_result` is called, on the first rank, with each result once it is safely in results.jsonl. Raises InputError,
-    before anything is written, for settings or data that cannot work; NonFiniteLoss if a training diverges; RankLost
-    if another rank dies; Interrupted after a signal, when the checkpoint is written.
+    before anything is written, for settings or data that cannot work and for a folder that another run writes to;
+    NonFiniteLoss if a training diverges; RankLost if another rank dies; Interrupted after a signal, when the checkpoint
+    is written.
     """
     config = given.resolved()
     check_tracker(config.track)
     deepspeed = read_deepspeed(config)
     keep_freed_memory()
     ranks = start_ranks(config.ddp_timeout)
-    with lost_ranks_said("between two trainings"):
-        comparison = prepare(config, ranks, console, deepspeed)
-        announce(comparison)
-        for seed, arm in product(config.seeds, config.arms):
-            if (arm.name, seed) in comparison.finished:
-                console.print(f"✅ {arm.name.upper()} with seed {seed} is already in {comparison.folder}/results.jsonl")
-                if ranks.is_main:  # left by a run that was killed just before it would have done this
-                    checkpoints_of(comparison, arm, seed).clear()
-                continue
-            result = run_one(comparison, arm, seed)
-            if ranks.is_main:
-                on_result(result)
-    if ranks.is_main:
-        observe(comparison)
-    with lost_ranks_said("at the end of the run"):
-        ranks.part()
+    with ExitStack() as held:
+        with lost_ranks_said("between two trainings"):
+            comparison = prepare(config, ranks, console, held, deepspeed)
+            announce(comparison)
+            for seed, arm in product(config.seeds, config.arms):
+                result = result_of(comparison, arm, seed)
+                if result is not None and ranks.is_main:
+                    on_result(result)
+            ranks.on_main(lambda: observe(comparison))
+        with lost_ranks_said("at the end of the run"):
+            ranks.part()
     return comparison.folder
+
+
+def result_of(comparison: Comparison, arm: Arm, seed: int) -> Result | None:
+    """That of one mechanism; None if it was there already. Collective."""
+    if (arm.name, seed) not in comparison.finished:
+        return run_one(comparison, arm, seed)
+    comparison.console.print(f"✅ {arm.name.upper()} with seed {seed} is already in {comparison.folder}/results.jsonl")
+    if comparison.ranks.is_main:  # left by a run that was killed just before it would have done this
+        checkpoints_of(comparison, arm, seed).clear()
+    return None
 
 
 def observe(comparison: Comparison) -> None:
@@ -130,6 +139,8 @@ def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
     started = time.perf_counter()
     held = evaluate(comparison, model)
     eval_seconds = time.perf_counter() - started
+    if not math.isfinite(held.perplexity):  # every rank has the same sums
+        raise NonFiniteLoss(f"the held-out loss is {held.loss:.6g}, and its perplexity no finite number: no result")
     peak = highest(ranks, memory.peak())
     result = Result(
         attention_type=arm.attention_type,
@@ -155,12 +166,16 @@ def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
         config=settings_of(comparison, arm),
         environment=comparison.environment,
     )
-    if ranks.is_main:
-        export_model(comparison, model, arm, seed, checkpoints)
-        write_curve(comparison.folder, arm.name, seed, run.curve)
-        append_result(comparison.folder, result)
-        checkpoints.clear()
+    ranks.on_main(lambda: keep(comparison, model, run, result, checkpoints))
     return result
+
+
+def keep(comparison: Comparison, model: Any, run: TrainingRun, result: Result, checkpoints: Checkpoints) -> None:
+    """What a training leaves: the model, its curve and, once these are there, its result."""
+    export_model(comparison, model, result.file_name, checkpoints, len(run.losses))
+    write_curve(comparison.folder, result.name, result.seed, run.curve)
+    append_result(comparison.folder, result)
+    checkpoints.clear()
 
 
 def make_model(comparison: Comparison, arm: Arm, seed: int) -> nn.Module:
@@ -186,13 +201,16 @@ def settings_of(comparison: Comparison, arm: Arm) -> dict[str, Any]:
     return shared | taken | {"seeds": list(comparison.config.seeds)}
 
 
-def export_model(comparison: Comparison, model: Any, arm: Arm, seed: int, checkpoints: Checkpoints) -> None:
-    """The trained model as a folder that `from_pretrained` loads; the weights come last, whole."""
-    folder = comparison.folder / "models" / f"{arm.name}-seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
-    comparison.corpus.tokenizer.save(folder)
-    checkpoints.export_weights(folder / "model.safetensors")
+def export_model(comparison: Comparison, model: Any, name: str, checkpoints: Checkpoints, step: int) -> None:
+    """The model after its last step, as a folder that `from_pretrained` loads: all of it with its manifest, or none."""
+
+    def fill(folder: Path) -> dict[str, Any]:
+        model.config.save_pretrained(folder)
+        comparison.corpus.tokenizer.save(folder)
+        checkpoints.export_weights(step, folder / "model.safetensors")
+        return {}
+
+    replace_folder(comparison.folder / "models" / name, fill)
 
 
 def checkpoints_of(comparison: Comparison, arm: Arm, seed: int) -> Checkpoints:

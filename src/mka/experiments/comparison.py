@@ -1,5 +1,6 @@
 """What the mechanisms of one run share: settings, tokens, ranks, folder; and the batches drawn from them."""
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mka.distributed import Ranks
 from mka.experiments.environment import describe_environment
 from mka.experiments.folder import agree_with_folder, choose_folder, describe, identity, open_folder
 from mka.experiments.launch import accumulation, describe_launch
+from mka.folders import claimed
 from mka.results import flat
 from mka.training import Precision, choose_precision
 
@@ -67,11 +69,12 @@ class Comparison:
 
 
 def prepare(
-    config: ResolvedConfig, ranks: Ranks, console: Console, deepspeed: dict[str, Any] | None = None
+    config: ResolvedConfig, ranks: Ranks, console: Console, held: ExitStack, deepspeed: dict[str, Any] | None = None
 ) -> Comparison:
-    """Tokens, folder, and what the ranks agree on. Collective.
+    """Tokens, folder, and what the ranks agree on. Collective. The first rank's claim on the folder lasts as `held`.
 
-    Raises InputError, before anything is written into the folder, for settings or data that cannot work.
+    Raises InputError, before anything is written into the folder, for settings or data that cannot work and for a
+    folder that another run writes to.
     """
     precision = choose_precision(ranks.device, config.fp16, config.bf16)
     vocab_size = PRESETS[config.preset].vocab_size
@@ -97,8 +100,13 @@ def prepare(
     comparison.batches(seed=0)
     launch = describe_launch(config, ranks, comparison.accumulation, deepspeed)
     environment = comparison.environment | {"launch": launch}
-    finished = ranks.on_main(lambda: open_folder(folder, description, environment))
-    return replace(comparison, environment=environment, finished=frozenset(finished))
+
+    def enter() -> set[tuple[str, int]]:
+        held.enter_context(claimed(folder))
+        agree_with_folder(folder, description, config.resume)  # again: another run may have begun and ended since
+        return open_folder(folder, description, environment)
+
+    return replace(comparison, environment=environment, finished=frozenset(ranks.on_main(enter)))
 
 
 def announce(comparison: Comparison) -> None:

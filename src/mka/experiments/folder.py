@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mka.config import PRESETS, InputError, ResolvedConfig
-from mka.results import flat, read_results, results_path
-from mka.storage import sweep, write_json
+from mka.folders import note_everything, read_noted, write_noted
+from mka.results import flat, read_results, remarks, results_path
+from mka.storage import json_text, sweep, write_json
 
+CONFIG = "config.json"
 NOT_IDENTITY = (
     *("attention_type", "study", "seeds", "output_dir", "resume", "fp16", "bf16"),
     *("strategy", "deepspeed", "deepspeed_config", "gradient_checkpointing", "ddp_timeout"),
@@ -46,11 +49,12 @@ def agree_with_folder(folder: Path, description: dict[str, Any], resume: bool = 
     """The description to go on with; writes nothing. The same command on another number of ranks keeps the global
     batch that the folder was started with.
 
-    Raises InputError if the folder holds another configuration or is not one of ours; with `resume`, if it holds none.
+    Raises InputError if the folder holds another configuration, is not one of ours, or holds an altered file or result;
+    with `resume`, if it holds none.
     """
-    path = folder / "config.json"
-    if path.is_file():
-        held = read_description(path)
+    held = read_description(folder)
+    if held is not None:
+        remarks(folder)
         if all(held.get(name) == description[name] for name in PARTS) and "global_batch_size" in held:
             description = description | {"global_batch_size": held["global_batch_size"]}
         check_same_run(folder, identity(held), identity(description))
@@ -63,19 +67,21 @@ def agree_with_folder(folder: Path, description: dict[str, Any], resume: bool = 
 
 
 def open_folder(folder: Path, description: dict[str, Any], environment: dict[str, Any]) -> set[tuple[str, int]]:
-    """Make or reopen a folder that agrees; returns the (name, seed) pairs that are finished.
+    """Begin or reopen a folder that agrees and that only this run writes to; returns the (name, seed) pairs that are
+    finished. What is lost or cut in it is said on the standard error.
 
-    Raises InputError if it cannot be made.
+    config.json comes first: a folder with a manifest and without it, which a kill could leave, would not be ours.
     """
-    finished = {result.key for result in read_results(folder)} if results_path(folder).is_file() else set()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output_dir is {str(folder)!r}, which cannot be made: {error.strerror}") from None
+    for remark in remarks(folder):
+        print(f"warning: {folder}: {remark}", file=sys.stderr)
+    finished = read_results(folder) if results_path(folder).is_file() else []
+    folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    write_json(folder / "config.json", description)
-    write_json(folder / "environment.json", environment)
-    return finished
+    if not (folder / CONFIG).is_file():
+        write_json(folder / CONFIG, description)
+    write_noted(folder, folder / "environment.json", json_text(environment))
+    note_everything(folder, {result.file_name for result in finished})
+    return {result.key for result in finished}
 
 
 def check_same_run(folder: Path, held: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -88,9 +94,14 @@ def check_same_run(folder: Path, held: Mapping[str, Any], ours: Mapping[str, Any
         )
 
 
-def read_description(path: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any] | None:
+    """What the folder's config.json says; None where there is none. Raises InputError for what is no such file."""
+    path = folder / CONFIG
+    data = read_noted(folder, path)
+    if data is None:
+        return None
     try:
-        held = json.loads(path.read_bytes())
+        held = json.loads(data)
     except ValueError:
         held = None
     if not isinstance(held, dict):

@@ -1,6 +1,6 @@
 """A bank: the chunks of documents that a model has read, kept in a folder from one process to the next.
 
-    bank.json                  what model it is of, and the form of its files
+    bank.json                  what model it is of, and the form of its files; with a checksum of itself
     documents/ID/              one folder a document, written aside and renamed once (mka.storage), ID from its text
         manifest.json          name, number, tokens, chunks; sizes and checksums of all files, checked at every opening
         000.k  000.v  ...      per block and store: records as mka.memory.store has them, chunk by chunk
@@ -31,9 +31,9 @@ from mka.memory.longterm import INDEX_STORES
 from mka.memory.places import BankLayer
 from mka.memory.state import State
 from mka.memory.store import RecordForm, Records
-from mka.storage import check_folder, locked, remove, write_folder, write_json
+from mka.storage import check_folder, checksum_of, locked, remove, sync_folder, write_folder, write_json
 
-FORMAT = 1
+FORMAT = 2
 BANK, DOCUMENTS, LOCK = "bank.json", "documents", ".lock"
 COPIED_CHUNKS = 256
 
@@ -47,6 +47,11 @@ class Document:
     number: int
     tokens: int
     chunks: int
+
+    @property
+    def identity(self) -> str:
+        """By its text: two documents may have one name, and one text is there once."""
+        return self.folder.name
 
     @property
     def nbytes(self) -> int:
@@ -86,13 +91,19 @@ class Bank:
         self.info: dict[str, Any] = {}
         try:
             self.info = json.loads((self.folder / BANK).read_text(encoding="utf-8"))
-            if self.info["format"] != FORMAT:
-                raise InputError(f"bank is {str(folder)!r}, of format {self.info['format']}; this reads {FORMAT}")
-            ours = self.info["fingerprint"]
+            checksum = self.info.pop("sha256", None)
+            format_, ours = self.info["format"], self.info["fingerprint"]
+            if format_ == FORMAT and checksum != checksum_of(self.info):
+                raise ValueError(f"{BANK} is altered")
         except OSError as error:
             raise InputError(f"bank is {str(folder)!r}; it is no bank: {BANK}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"bank is {str(folder)!r}; its {BANK} is altered; make the bank anew") from error
+        if format_ != FORMAT:
+            raise InputError(
+                f"bank is {str(folder)!r}, of format {format_}; this reads {FORMAT}; make the bank anew from its "
+                "documents, in another folder"
+            )
         if fingerprint is not None and ours != fingerprint:
             raise InputError(
                 f"bank is {str(folder)!r}, of the model {ours[:12]}; this model is {fingerprint[:12]}: what one has "
@@ -106,7 +117,8 @@ class Bank:
         if not (path / BANK).exists():
             if path.exists() and (not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())):
                 raise InputError(f"bank is {str(folder)!r}; it is there and no bank; give another folder")
-            write_json(path / BANK, {"format": FORMAT, "fingerprint": fingerprint})
+            info = {"format": FORMAT, "fingerprint": fingerprint}
+            write_json(path / BANK, info | {"sha256": checksum_of(info)})
         return cls(folder, fingerprint)
 
     # Documents.
@@ -130,9 +142,6 @@ class Bank:
             if not folder.name.startswith("."):
                 yield folder, *check_folder(folder)
 
-    def has(self, text: str) -> bool:
-        return check_folder(self.folder / DOCUMENTS / identity(text))[0] is not None
-
     def add(self, name: str, text: str, tokens: int, states: Sequence[State]) -> Document:
         """Keep the completed chunks of a document that the model has read, block by block, all or nothing.
 
@@ -153,17 +162,25 @@ class Bank:
         return Document(folder, **details)
 
     def remove(self, wanted: str) -> Path:
-        """Take out the document of that name, or of that folder's name."""
-        names = {}
+        """Take out the document of that identity, or else of that name. Raises InputError unless it is exactly one."""
+        names: dict[str, list[Path]] = {}
+        identities: dict[str, Path] = {}
         for folder, details, _ in self.checked():
-            names[folder.name] = folder
+            identities[folder.name] = folder
             if details is not None:
-                names.setdefault(details["name"], folder)
-        if wanted not in names:
-            known = ", ".join(sorted(names)) or "none"
+                names.setdefault(details["name"], []).append(folder)
+        found = [identities[wanted]] if wanted in identities else names.get(wanted, [])
+        if not found:
+            known = ", ".join(sorted({*identities, *names})) or "none"
             raise InputError(f"the bank {str(self.folder)!r} has no document {wanted!r}; there are: {known}")
-        remove(names[wanted])
-        return names[wanted]
+        if len(found) > 1:
+            raise several(self.folder, wanted, [folder.name for folder in found])
+        aside = found[0].with_name(f".{found[0].name}.building")  # what is left of it after a kill is swept
+        remove(aside)
+        os.replace(found[0], aside)
+        sync_folder(aside.parent)
+        shutil.rmtree(aside)
+        return found[0]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -195,6 +212,13 @@ class Bank:
                     summaries[name] = read_entries(paths, state, name)
             found.append(BankLayer(sum(counts), summaries, records))
         return found
+
+
+def several(bank: Path, name: str, identities: Sequence[str]) -> InputError:
+    return InputError(
+        f"the bank {str(bank)!r} has {len(identities)} documents named {name!r}: {', '.join(identities)}; give the "
+        f"identity of the one to take out: mka memory remove IDENTITY --bank {bank}"
+    )
 
 
 def identity(text: str) -> str:
@@ -235,6 +259,11 @@ def write_store(path: Path, state: State, name: str, chunks: int) -> None:
                 values = state.records(name).read(torch.zeros_like(chunk), chunk, group)
             else:
                 values = state.all(name)[0, start:stop]
+            if not bool(values.isfinite().all()):
+                raise InputError(
+                    f"{path.name} would hold NaN or infinity: what the model made of the document is no number; "
+                    "nothing was added"
+                )
             file.write(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 

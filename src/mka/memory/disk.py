@@ -84,6 +84,11 @@ class DiskStore(Store):
             except OSError as error:
                 raise self._refused(error) from error
 
+    def _shrink(self, chunks: int) -> None:
+        for file in self.files:
+            os.ftruncate(file.handle, chunks * self.form.chunk_bytes)
+            os.ftruncate(file.handle, len(file.data) * self.form.chunk_bytes)  # what is mapped, not on the disk
+
     def write(self, row: int, start: int, values: Tensor) -> None:
         form, values = self.form, values.to("cpu", self.form.dtype)
         first, last = start // form.block, form.chunks(start + len(values))

@@ -1,6 +1,6 @@
 """L1, the local level: the tokens themselves, within the window; from this call, and from a state before it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -54,14 +54,16 @@ def attend_local(
     state: State | None = None,
     names: tuple[str, str] = ("k", "v"),
     scale: float | None = None,
+    expand: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Causal attention over the latest `window` tokens (None: all), those of the state included.
 
     q (B, T, H, D), k and v (B, T, G, D), rotated; the state keeps k and v under `names` (twice the same: k is v).
+    `expand` makes keys and values of what the state keeps, where that is something else; k is then what it keeps.
     Returns (B, T, H, D).
     """
     if (shown := shown_here()) is not None:
-        shown.append(weights_over_tokens(q, k, window, state, names[0], scale))
+        shown.append(weights_over_tokens(q, k, window, state, names[0], scale, expand))
     if state is None:
         return attend_causal(q, k, v, window, scale)
     new = dict(zip(names, (k, v), strict=True))
@@ -80,7 +82,7 @@ def attend_local(
         for name, x in new.items():
             state.write(name, x)
         held, key, column = in_place(state, names, window, before + q.shape[1])
-    keys, values = (held[name] for name in names)
+    keys, values = (held[name] for name in names) if expand is None else expand(held[names[0]].to(q.dtype))
     if key is None:
         return attend_all(q, keys, values, scale)
     newest = None if column is None else lambda i: column + i
@@ -88,7 +90,13 @@ def attend_local(
 
 
 def weights_over_tokens(
-    q: Tensor, k: Tensor, window: int | None, state: State | None, name: str, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    window: int | None,
+    state: State | None,
+    name: str,
+    scale: float | None,
+    expand: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """(B, H, T, N): what `attend_local` is about to weigh the N tokens of a row with; its k is not written yet."""
     t = token_index(q, state)
@@ -97,6 +105,8 @@ def weights_over_tokens(
     before = max(state.past) if window is None else min(window - 1, max(state.past))
     keys = torch.cat([state.latest(name, before, after=False).to(k.dtype), k], dim=1)
     key = t[:, :1] - before + torch.arange(keys.shape[1], device=k.device)
+    if expand is not None:
+        keys, _ = expand(keys)
     near = attention_weights(q, keys, t, key, window, scale)
     places = key.clamp(min=0)[:, None, None].expand_as(near)
     tokens = max(max(state.lengths), int(key.max()) + 1)

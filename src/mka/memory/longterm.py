@@ -143,14 +143,16 @@ def best_chunks(queries: Tensor, summaries: Tensor, candidates: Tensor, top_k: i
 def top_by_place(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The K largest of scores (..., J), fewer where J is smaller, and their places, best first; the first wins a tie.
 
-    `scores` is spent. Where J is large they are looked for in K runs of neighbours: those whose largest score is
-    highest, the earlier of equal ones first. Each of those has an entry that goes before all entries of any other run.
+    `scores` is spent; -inf is no candidate, and its place means nothing. Where J is large they are looked for in K runs
+    of neighbours: those whose largest score is highest, the earlier of equal ones first. Each of those has an entry
+    that goes before all entries of any other run.
     """
     runs = scores.shape[-1] // RUN
     if runs <= top_k:
         return largest(scores, top_k)
     within = scores[..., : runs * RUN].unflatten(-1, (runs, RUN))
-    _, run = largest(within.amax(-1), top_k)
+    # `largest` marks what it took with -inf: a run without a candidate must stand above that, or one is taken twice.
+    _, run = largest(within.amax(-1).clamp(min=torch.finfo(scores.dtype).min), top_k)
     run = run.sort(-1).values
     neighbours = torch.arange(RUN, device=scores.device)
     places = (run.unsqueeze(-1) * RUN + neighbours).flatten(-2)

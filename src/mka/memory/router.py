@@ -12,6 +12,14 @@ START_BIAS = (1.0, 0.0, 0.0)
 """The mix every token starts from where all levels exist: 0.58, 0.21, 0.21."""
 
 
+class WideLinear(nn.Linear):
+    """A linear layer that computes in float32 or better, whatever its weights are kept in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else upcast(self.bias)
+        return linear(upcast(input), upcast(self.weight), bias)
+
+
 class Router(nn.Module):
     """lambda_t = softmax(MLP(q_t)) over the levels that exist at t, in float32 or better.
 
@@ -23,8 +31,8 @@ class Router(nn.Module):
 
     def __init__(self, query_size: int, router_size: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(query_size, router_size)
-        self.output = nn.Linear(router_size, NUM_LEVELS)
+        self.hidden = WideLinear(query_size, router_size)
+        self.output = WideLinear(router_size, NUM_LEVELS)
         self.register_buffer("gate", torch.ones(()))
         self.reset_output()
 
@@ -45,13 +53,8 @@ class Router(nn.Module):
         The local level always exists, so the weights always sum to one.
         """
         with no_autocast(q):
-            logits = wide_linear(self.output, silu(wide_linear(self.hidden, upcast(q).flatten(2))))
-            mix = logits.masked_fill(~exists, -torch.inf).softmax(-1)
+            logits = self.output(silu(self.hidden(upcast(q).flatten(2))))
+            mix = upcast(logits).masked_fill(~exists, -torch.inf).softmax(-1)
             local = torch.zeros_like(mix)
             local[..., LOCAL] = 1
             return torch.lerp(local, mix, self.gate.to(mix.dtype))
-
-
-def wide_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer in float32 or better, whatever its weights are kept in."""
-    return linear(x, upcast(layer.weight), upcast(layer.bias))

@@ -110,8 +110,8 @@ def search(queries: Tensor, state: State, name: str, t: Tensor, limits: Limits) 
     if kind == "lsh":
         return retrieve_lsh(queries, summaries, state.all(CODE), candidates, limits.top_k)
     if kind == "faiss":
-        state.index = state.index or FaissIndex()
-        return state.index.retrieve(queries, summaries, candidates, limits.top_k, max(state.lengths))
+        state.index = state.index or FaissIndex(state.banked)
+        return state.index.retrieve(queries, summaries, candidates, limits.top_k)
     return retrieve(queries, summaries, t, banked=state.banked, **limits._asdict())
 
 
@@ -122,7 +122,8 @@ def retrieve_lsh(
     """Of the candidates, those (`reranked` of them) whose codes promise most, ranked exactly.
 
     queries (B, T, G, E), summaries (B, J, G, E), codes (B, J, G, W); the first `candidates` (B or 1, T) are candidates.
-    With `reranked` at J or more this is the exact search.
+    With `reranked` at J or more this is the exact search. None: as many as a query's own candidates say, so that what
+    comes later, or stands in a longer row, changes nothing.
     """
     with no_autocast(queries):
         queries = upcast(queries)
@@ -130,8 +131,11 @@ def retrieve_lsh(
         promises = decoded(codes, queries.dtype).permute(0, 2, 3, 1)  # (B, G, bits, J)
         chunks = summaries.shape[1]
         column = torch.arange(chunks, device=queries.device)
-        reranked = min(chunks, reranked or max(RERANKED_LEAST * top_k, chunks // RERANKED_SHARE))
-        bytes_of_query = queries.shape[0] * queries.shape[2] * (24 * chunks + 4 * reranked * queries.shape[3])
+        least = RERANKED_LEAST * top_k
+        most = min(chunks, reranked or max(least, chunks // RERANKED_SHARE))
+        asked = candidates.new_full((), most) if reranked else (candidates // RERANKED_SHARE).clamp(min=least)
+        rank = torch.arange(most, device=queries.device)
+        bytes_of_query = queries.shape[0] * queries.shape[2] * (24 * chunks + 4 * most * queries.shape[3])
         step = max(1, TILE_BYTES // max(1, bytes_of_query))
         found = []
         for start in range(0, queries.shape[1], step):
@@ -140,7 +144,9 @@ def retrieve_lsh(
             promised[..., :CENTRE_CHUNKS] = torch.inf
             promised.masked_fill_(column >= candidates[:, tile, None, None], -torch.inf)
             unique = ordered(promised) * chunks - column
-            nearest = -unique.topk(reranked, sorted=False).values % max(1, chunks)
+            nearest = -unique.topk(most).values % max(1, chunks)  # the most promising first
+            beyond = rank >= asked.expand(candidates.shape)[:, tile, None, None]
+            nearest.masked_fill_(beyond, -1)
             found.append(rerank(queries[:, tile], summaries, nearest, candidates[:, tile], top_k))
     return Retrieved(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
 
@@ -160,10 +166,12 @@ def rerank(queries: Tensor, summaries: Tensor, proposed: Tensor, candidates: Ten
 class FaissIndex:
     """One graph for each row and group, over the summaries of a state; it is never written to a file.
 
-    Rows that were taken back or chosen anew start another index: what is in a graph cannot be taken out.
+    What a graph proposes hangs on everything in it, and on how it came in: before a query asks, its own candidates are
+    put in and no later chunk, one at a time, as in decoding. Rows that were taken back or chosen anew start another
+    index: what is in a graph cannot be taken out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, banked: int = 0) -> None:
         try:
             self.faiss = importlib.import_module("faiss")
         except ImportError:
@@ -171,12 +179,11 @@ class FaissIndex:
                 "longterm_search is 'faiss', which is not installed: pip install 'mka[faiss]'; allowed without it: "
                 "exact, lsh"
             ) from None
+        self.banked = banked
         self.graphs: dict[tuple[int, int], Any] = {}
         self.compared = 0
 
-    def retrieve(
-        self, queries: Tensor, summaries: Tensor, candidates: Tensor, top_k: int, lengths: int = 0
-    ) -> Retrieved:
+    def retrieve(self, queries: Tensor, summaries: Tensor, candidates: Tensor, top_k: int) -> Retrieved:
         """As `retrieve_lsh`. `compared` counts the summaries that were looked at."""
         queries = upcast(queries)
         batch, tokens, groups, _ = queries.shape
@@ -184,15 +191,15 @@ class FaissIndex:
         proposed = torch.full((batch, tokens, groups, CENTRE_CHUNKS + PROPOSED * top_k), -1, device=queries.device)
         for row in range(batch):
             for group in range(groups):
-                self.update(row, group, summaries[row, :, group])
-                for count in candidates[row].unique().tolist():
+                for count in candidates[row].unique().tolist():  # the smallest first
+                    self.update(row, group, summaries[row, :count, group])
                     asked = candidates[row] == count
                     answer = self.ask(row, group, queries[row, asked, group], count, PROPOSED * top_k)
                     proposed[row, asked, group] = answer.to(queries.device)
         return rerank(queries, summaries, proposed, candidates, top_k)
 
     def update(self, row: int, group: int, summaries: Tensor) -> None:
-        """The graph holds the chunks after the first 16, about the mean of those."""
+        """Have the graph hold these chunks but the first 16, about the mean of those; a bank's come in at once."""
         if len(summaries) <= CENTRE_CHUNKS:
             return
         graph = self.graphs.get((row, group))
@@ -200,16 +207,19 @@ class FaissIndex:
             graph = self.faiss.IndexHNSWFlat(summaries.shape[-1], NEIGHBOURS, self.faiss.METRIC_INNER_PRODUCT)
             self.graphs[row, group] = graph
         fresh = summaries[CENTRE_CHUNKS + graph.ntotal :].double() - summaries[:CENTRE_CHUNKS].double().mean(0)
-        graph.add(fresh.detach().float().cpu().numpy())
+        together = max(0, self.banked - CENTRE_CHUNKS - graph.ntotal)
+        for part in (fresh[:together], *fresh[together:].split(1)):
+            if len(part):
+                graph.add(part.detach().float().cpu().numpy())
 
     def ask(self, row: int, group: int, queries: Tensor, count: int, wanted: int) -> Tensor:
+        """(N, 16 + wanted): the first chunks and those that the graph proposes of `count`, -1 where there are fewer."""
         first = torch.arange(CENTRE_CHUNKS)
         first = first.where(first < count, -1).expand(len(queries), -1)
         if count <= CENTRE_CHUNKS:
             return torch.cat([first, torch.full((len(queries), wanted), -1)], dim=1)
-        allowed = self.faiss.IDSelectorRange(0, count - CENTRE_CHUNKS)
-        limits = self.faiss.SearchParametersHNSW(sel=allowed, efSearch=wanted)
         self.faiss.cvar.hnsw_stats.reset()
+        limits = self.faiss.SearchParametersHNSW(efSearch=wanted)
         _, chunks = self.graphs[row, group].search(queries.detach().float().cpu().numpy(), wanted, params=limits)
         self.compared += self.faiss.cvar.hnsw_stats.ndis
         proposed = torch.from_numpy(chunks)

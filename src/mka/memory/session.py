@@ -32,8 +32,11 @@ class SessionAverage(nn.Module):
     def decay(self, x: Tensor) -> Tensor:
         """a (C,), each in (0, 1), for inputs x (..., C)."""
         if self.fixed_decay is None:
-            return torch.sigmoid(upcast(self.decay_logit))  # in bfloat16 the slow decays would round to 1
-        return torch.full((x.shape[-1],), self.fixed_decay, dtype=upcast(x).dtype, device=x.device)
+            a = torch.sigmoid(upcast(self.decay_logit))  # in bfloat16 the slow decays would round to 1
+        else:
+            a = torch.full((x.shape[-1],), self.fixed_decay, dtype=upcast(x).dtype, device=x.device)
+        kind = torch.finfo(a.dtype)
+        return a.clamp(kind.tiny, 1 - kind.eps / 2)  # what rounds to 0 or 1 has no weights that could be carried on
 
     def entries(self, hidden_size: int, dtype: torch.dtype) -> dict[str, Entry]:
         """m; the number of tokens it was taken over is that of the row."""

@@ -49,6 +49,20 @@ class Entry:
         return (entries if limit is None else min(entries, limit)) * prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class StateForm:
+    """All that decides a state but its rows, and how far it can be taken back."""
+
+    owner: str
+    entries: Mapping[str, Entry]
+    device: torch.device
+    longterm: LongTerm
+
+    def make(self, batch_size: int, device: torch.device, reversible: int) -> "State":
+        """An empty state on that device."""
+        return State(self.owner, self.entries, batch_size, device, reversible, self.longterm)
+
+
 class State:
     """The stores of `batch_size` rows, and how many tokens each row has seen.
 
@@ -102,6 +116,10 @@ class State:
     def device(self) -> torch.device:
         """Where the summaries are, whatever is kept elsewhere."""
         return next(iter(self.tensors.values())).device
+
+    @property
+    def form(self) -> StateForm:
+        return StateForm(self.owner, self.entries, self.device, self.longterm)
 
     @property
     def tokens_a_chunk(self) -> int:
@@ -186,11 +204,22 @@ class State:
                 raise InputError(f"the state was made for other options of {owner}: its {name} is {ours}, not {entry}")
         self.checked = entries
 
-    def begin(self, counts: Sequence[int]) -> None:
-        """A call brings `counts` (B,) valid tokens. Raises ValueError, with nothing changed, if a store has no room."""
+    def reserve(self, counts: Sequence[int]) -> list[int]:
+        """Make room for `counts` (B,) more tokens; returns the lengths there will be. Raises ValueError, with nothing
+        changed, if a store has none."""
         lengths = [past + count for past, count in zip(self.lengths, counts, strict=True)]
         for name, records in self.stores.items():
             records.reserve(max(lengths) // self.entries[name].every)
+        return lengths
+
+    def release(self) -> None:
+        """Give back what `reserve` has set aside for tokens that did not come."""
+        for name, records in self.stores.items():
+            records.release(max(self.lengths) // self.entries[name].every)
+
+    def begin(self, counts: Sequence[int]) -> None:
+        """A call brings `counts` (B,) valid tokens. Raises ValueError, with nothing changed, if a store has no room."""
+        lengths = self.reserve(counts)
         self.past, self.lengths = self.lengths, lengths
         self.furthest = [max(pair) for pair in zip(self.furthest, self.lengths, strict=True)]
 

@@ -89,6 +89,17 @@ class Store(Records):
     @abstractmethod
     def _grow(self, chunks: int) -> None: ...
 
+    def release(self, entries: int) -> None:
+        """Give back the room beyond so many entries, which were reserved and are not going to be written."""
+        needed = self.form.chunks(entries)
+        if needed < self.capacity:
+            self._shrink(needed)
+            self.budget.used -= (self.capacity - needed) * self.rows * self.form.chunk_bytes
+            self.capacity = needed
+
+    @abstractmethod
+    def _shrink(self, chunks: int) -> None: ...
+
     @abstractmethod
     def write(self, row: int, start: int, values: Tensor) -> None:
         """values (N, groups, width): entries start .. start + N of the row; there must be room."""
@@ -145,6 +156,9 @@ class MemoryStore(Store):
             larger = self._empty(chunks + chunks // 8, self.data.device)
             larger[:, : self.data.shape[1]] = self.data
             self.data = larger
+
+    def _shrink(self, chunks: int) -> None:
+        """What was allocated stays, for the next time."""
 
     def write(self, row: int, start: int, values: Tensor) -> None:
         block, count = self.form.block, len(values)

@@ -7,7 +7,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from mka.attention import CausalAttention
 from mka.memory.local import shown_here
-from mka.models.cache import StateLayer, state_layer
+from mka.models.cache import StateLayer, begin_call, state_layer
 from mka.models.versions import cache_for_block
 
 PADDING_MASK = "mka_padding_mask"
@@ -60,6 +60,7 @@ class AttentionAdapter(nn.Module):
             layer = state_layer(cache, self.layer_idx)
             if cache.offloading:
                 layer.prefetch()
+            begin_call(cache, layer, hidden_states, valid)
             y = layer.attend(self.attention, hidden_states, position_ids, valid)
             if cache.offloading:
                 layer.offload()

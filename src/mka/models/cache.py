@@ -4,6 +4,7 @@ transformers counts columns, padding included; a state counts each row's tokens.
 can tell how many tokens of a row the last columns held.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from mka.attention import CausalAttention
 from mka.config import InputError, LongTermConfig
 from mka.memory.bank import Bank
 from mka.memory.places import LongTerm
-from mka.memory.state import State
+from mka.memory.state import State, StateForm
 
 REVERSIBLE = 64
 """Latest tokens that can be taken back: assisted decoding proposes fewer at a time."""
@@ -29,26 +30,41 @@ class StateLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, reversible: int = REVERSIBLE, longterm: LongTerm | None = None) -> None:
+    def __init__(self, reversible: int = REVERSIBLE, form: StateForm | None = None) -> None:
+        """`form`: that of its state; None: as the mechanism makes it."""
         super().__init__()
-        self.reversible, self.longterm = reversible, longterm
+        self.reversible, self.form = reversible, form
         self.state: State | None = None
         self.calls: list[tuple[int, Tensor | None]] = []
         self.device = torch.device("cpu")
 
     def attend(self, attention: CausalAttention, x: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
         """y (B, T, C) of the next columns x (B, T, C), of which `valid` (B, T) are tokens."""
-        if self.state is None:
-            self.state = attention.initial_state(
-                x.shape[0], device=x.device, reversible=self.reversible, longterm=self.longterm
-            )
-            self.device, self.is_initialized = x.device, True
+        if self.state is None and not self.open(x):
+            self.keep(attention.initial_state(x.shape[0], x.dtype, x.device, reversible=self.reversible))
         y, self.state = attention(x, positions=positions, valid=valid, state=self.state)
         if valid is None and self.calls and self.calls[-1][1] is None:
             self.calls[-1] = (self.calls[-1][0] + x.shape[1], None)
         else:
             self.calls.append((x.shape[1], valid))
         return y
+
+    def open(self, x: Tensor) -> bool:
+        """Make the state for the rows of x (B, T, C) where its form is known; whether it is."""
+        if self.form is not None:
+            device = x.device if self.form.device.type == "meta" else self.form.device
+            self.keep(self.form.make(x.shape[0], device, self.reversible))
+        return self.form is not None
+
+    def keep(self, state: State) -> None:
+        self.state, self.device, self.is_initialized = state, state.device, True
+
+    def reserve(self, x: Tensor, counts: Sequence[int]) -> None:
+        """Make room for the next call, x (B, T, C) with `counts` (B,) tokens. Raises ValueError where there is none."""
+        if self.state is None:
+            self.open(x)
+        if self.state is not None:
+            self.state.reserve(counts)
 
     def get_seq_length(self) -> int:
         """Columns seen, padding included."""
@@ -150,6 +166,37 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
     return layer
 
 
+def begin_call(cache: Cache, layer: StateLayer, x: Tensor, valid: Tensor | None) -> None:
+    """What must hold before a block, whose layer of the cache that is, reads its columns x (B, T, C).
+
+    Before the first block there must be room in all of them: one that fails in the middle leaves a cache that nobody
+    can go on with. Every later block must stand where the first one stood. Raises ValueError.
+    """
+    ours = [each for each in cache.layers if isinstance(each, StateLayer)]
+    if layer is ours[0]:
+        kept = [each for each in ours if each.form is not None]
+        counts = [x.shape[1]] * x.shape[0] if valid is None or not kept else valid.sum(1).tolist()
+        try:
+            for each in kept:
+                each.reserve(x, counts)
+        except InputError:
+            for each in kept:
+                if each.state is not None:
+                    each.state.release()
+            raise
+        return
+    if not x.shape[1]:
+        return
+    first = ours[0].state
+    seen = [0] * x.shape[0] if layer.state is None else layer.state.lengths
+    if first is not None and first.past != seen:
+        before, here = cache.layers.index(ours[0]), cache.layers.index(layer)
+        raise InputError(
+            "the cache is torn, as by a call that ended in an error: before this call block "
+            f"{before} had seen {max(first.past)} tokens and block {here} had seen {max(seen)}; start with a new cache"
+        )
+
+
 def memory_cache(model: nn.Module, config: LongTermConfig | None = None, bank: Bank | None = None) -> Cache:
     """An empty cache for `past_key_values`, whose long-term memory is kept and searched as `config` says.
 
@@ -160,12 +207,13 @@ def memory_cache(model: nn.Module, config: LongTermConfig | None = None, bank: B
     attentions = [module for module in model.modules() if isinstance(module, CausalAttention)]
     if not attentions and (everywhere.is_special or bank):
         raise InputError(f"{type(model).__name__} is no model of mka; it has no long-term memory to keep elsewhere")
-    empty = [attention.initial_state(1, longterm=everywhere) for attention in attentions]
+    dtype = getattr(model, "dtype", None)  # that of its activations: a quantized layer's weights have another
+    empty = [attention.initial_state(1, dtype, longterm=everywhere) for attention in attentions]
     layers = bank.layers(empty) if bank else [None] * len(attentions)
     places = [replace(everywhere, bank=layer) for layer in layers]
-    for attention, place in zip(attentions, places, strict=True):
-        attention.initial_state(1, longterm=place)  # whether it can: said before anything is read
-    return Cache(layers=[StateLayer(longterm=place) for place in places])
+    made = zip(attentions, places, strict=True)
+    forms = [attention.initial_state(1, dtype, longterm=place).form for attention, place in made]
+    return Cache(layers=[StateLayer(form=form) for form in forms])
 
 
 def states(cache: Cache) -> list[State]:

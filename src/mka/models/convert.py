@@ -1,5 +1,6 @@
 """Pretrained models with their attention replaced, starting where the pretrained one stood."""
 
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -12,6 +13,8 @@ from mka.models.adapter import AttentionAdapter
 from mka.models.build import mechanisms
 from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of
 from mka.models.modeling import MODELS, memory_config
+from mka.models.plain import check_plain, plain_name, unwrapped
+from mka.models.weights import others
 
 CONVERTIBLE = ("mha", "mqa", "gqa", "mka", "fmka")
 
@@ -25,9 +28,17 @@ def convert(model: Any, attention_type: str, **options: Any) -> Any:
     gate is a parameter that starts at 0: until it moves, they are the model's own attention within `local_window`.
     At the first step the gate alone has a gradient, from then on everything behind it.
 
+    Of a compiled model, or one in DataParallel or DistributedDataParallel, what is wrapped is taken. All weights of
+    `model` but those of a router and memories arrive, and all of the new model but those of its router and memories
+    come from it.
+
     Raises ValueError for a family that is not supported, for mla (pretrained keys and values have no latent vector to
-    start from) and for groups that do not fit.
+    start from), for groups that do not fit, and for a model that computes something else than its weights say:
+    adapters, pruning, quantization, offloaded weights, hooks.
     """
+    model = unwrapped(model)
+    if not hasattr(model, "config"):
+        raise InputError(f"model is a {type(model).__name__}; give a causal language model of transformers")
     config: Any = model.config
     family = family_of(config)
     if attention_type not in CONVERTIBLE:
@@ -36,26 +47,27 @@ def convert(model: Any, attention_type: str, **options: Any) -> Any:
     if ours and not isinstance(ours[0], GroupedAttention):
         raise InputError(f"model holds {type(ours[0]).__name__}, which has no keys and values of its own to keep")
     groups = ours[0].num_kv_heads if ours else kv_heads_of(config)
+    check_plain(model)
     if attention_type not in ("mha", "mqa"):
         options = {"num_kv_heads": groups} | options
     if ours and ours[0].local_window is not None:
         options = {"local_window": ours[0].local_window} | options
     full = memory_config(deepcopy(config), attention_type, options, learned_gate=True)
     converted = MODELS[config.model_type.removeprefix(PREFIX)](full).to(device=model.device, dtype=model.dtype)
-    keep = {name: value for name, value in model.state_dict().items() if f".{family.attention_name}." not in name}
-    converted.load_state_dict(keep, strict=False)
+    copy_weights(*(outside_attention(each, family.attention_name) for each in (model, converted)))
     converted.generation_config = deepcopy(model.generation_config)
     sources = [getattr(block, family.attention_name) for block in family.blocks(model)]
     with torch.no_grad():
         for source, target in zip(sources, mechanisms(converted), strict=True):
-            for name, linear in projections(source).items():
+            for name, layer in projections(source).items():
                 regroup = (groups, target.num_kv_heads) if name in ("k_proj", "v_proj") else None
-                copy_projection(linear, getattr(target, name), head_dim_of(config), regroup)
+                copy_projection(layer, getattr(target, name), head_dim_of(config), regroup)
     return converted.train(model.training)
 
 
 def projections(attention: Any) -> dict[str, dict[str, Tensor]]:
-    """q, k, v, o of a backbone's attention or of ours: weight (outputs, inputs), bias, and the weight of a norm."""
+    """q, k, v, o of a backbone's attention or of ours, and the norms of q and k where it has them: weight (outputs,
+    inputs) or (D,), and bias."""
     if isinstance(attention, AttentionAdapter):
         attention = attention.attention
     if hasattr(attention, "c_attn"):  # GPT-2 keeps q, k, v side by side, and its weights transposed
@@ -63,21 +75,42 @@ def projections(attention: Any) -> dict[str, dict[str, Tensor]]:
         biases = attention.c_attn.bias.chunk(3)
         found = {f"{x}_proj": {"weight": w, "bias": b} for x, w, b in zip("qkv", weights, biases, strict=True)}
         return found | {"o_proj": {"weight": attention.c_proj.weight.T, "bias": attention.c_proj.bias}}
-    found = {
-        name: dict(getattr(attention, name).named_parameters()) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-    }
-    for name in ("q", "k"):
-        if (norm := getattr(attention, f"{name}_norm", None)) is not None:
-            found[f"{name}_proj"]["norm.weight"] = norm.weight
-    return found
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    layers = {name: getattr(attention, name, None) for name in names}
+    return {name: dict(layer.named_parameters()) for name, layer in layers.items() if layer is not None}
+
+
+def outside_attention(model: nn.Module, attention_name: str) -> dict[str, Tensor]:
+    return {plain_name(name): value for name, value in model.state_dict().items() if f".{attention_name}." not in name}
+
+
+def copy_weights(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    """Raises InputError, naming the first, unless each has a place in the other and arrives there."""
+    check_same_names(source, target)
+    for name, value in source.items():
+        target[name].copy_(value)
+    for name, value in source.items():  # two names of one tensor get the last value of both
+        if not torch.equal(target[name], value.to(target[name])):
+            raise InputError(
+                f"{name} and the weight that it is tied to have different values; set tie_word_embeddings to False in "
+                "the model's config, or tie them"
+            )
+
+
+def check_same_names(source: Iterable[str], target: Iterable[str]) -> None:
+    source, target = set(source), set(target)
+    if different := sorted(source ^ target):
+        has, lacks = ("source", "converted model") if different[0] in source else ("converted model", "source")
+        raise InputError(f"{different[0]} is in the {has} and not in the {lacks}{others(different, 'such')}")
 
 
 def copy_projection(
     source: dict[str, Tensor], target: nn.Module, head_dim: int, groups: tuple[int, int] | None
 ) -> None:
+    check_same_names(source, dict(target.named_parameters()))
     for name, parameter in target.named_parameters():
         value = source[name]
-        if groups is not None and name in ("weight", "bias"):
+        if groups is not None:
             value = regrouped(value, head_dim, *groups)
         parameter.copy_(value)
 

@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,29 +27,21 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from mka.attention import ATTENTION_TYPES, CausalAttention, build_attention
+from mka.attention.grouped import GroupedAttention
 from mka.config import InputError, nearest, unknown_name
 from mka.memory.local import shown_weights
 from mka.memory.router import Router
 from mka.models.adapter import PADDING_MASK, AttentionAdapter
 from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of, rotary_of, window_of
 from mka.models.versions import CACHE_ARGUMENT, cache_among, check_version, columns_of, renamed, with_cache
+from mka.models.weights import check_loaded
 
 FROM_CONFIG = ("hidden_size", "num_heads", "head_dim", "bias", "rotary")
 """Options of a mechanism that the backbone's configuration decides."""
-
-
-class HeadNormLinear(nn.Linear):
-    """A projection to heads of `head_dim` whose outputs are normalised head by head (Qwen3)."""
-
-    def __init__(self, linear: nn.Linear, head_dim: int, eps: float) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        self.norm = nn.RMSNorm(head_dim, eps=eps)
-
-    def forward(self, input: Tensor) -> Tensor:
-        heads = super().forward(input).unflatten(-1, (-1, *self.norm.normalized_shape))
-        return self.norm(heads.to(self.norm.weight.dtype)).to(heads.dtype).flatten(-2)
 
 
 def check_options(attention_type: str, options: dict[str, Any]) -> None:
@@ -82,9 +74,8 @@ def make_attention(config: Any) -> CausalAttention:
     for module in attention.modules():
         if config.learned_gate and isinstance(module, Router):
             module.learn_gate()
-    if family.head_norm and config.attention_type != "mla":
-        for name in ("q_proj", "k_proj"):
-            setattr(attention, name, HeadNormLinear(getattr(attention, name), head_dim, config.rms_norm_eps))
+    if family.head_norm and isinstance(attention, GroupedAttention):
+        attention.normalise_heads(config.rms_norm_eps)
     return attention
 
 
@@ -155,20 +146,20 @@ class MemoryModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, in which a weight of another shape is one line that names it."""
-        if kwargs.get("ignore_mismatched_sizes"):
-            return super().from_pretrained(*args, **kwargs)
-        report = kwargs.pop("output_loading_info", False)
+        """transformers' own, in which a weight that is missing, left out or of another shape is one line with its name.
+
+        `ignore_mismatched_sizes=True` draws those of another shape anew, as there. Raises InputError.
+        """
+        report, drawn = kwargs.pop("output_loading_info", False), kwargs.pop("ignore_mismatched_sizes", False)
         loaded: Any = super().from_pretrained(*args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True)
         model, info = loaded
-        if found := sorted(info["mismatched_keys"]):
-            name, saved, wanted = found[0]
-            others = f" ({len(found)} weights do not fit)" if len(found) > 1 else ""
-            raise InputError(
-                f"{name} is {tuple(saved)} in the folder and {tuple(wanted)} in the model; the options in "
-                f"config.json are not those of the weights{others}"
-            )
+        check_loaded(model, vars(model).pop("_weights_report", info), model.name_or_path, shapes=not drawn)
         return (model, info) if report else model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Keeps the report on the weights: where an adapter lies beside them, transformers returns the adapter's."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        self._weights_report = loading_info.to_dict()
 
 
 def residual_std(config: Any) -> float:
@@ -245,6 +236,11 @@ MODELS: dict[str, Any] = {
     "qwen2": MkaQwen2ForCausalLM,
     "qwen3": MkaQwen3ForCausalLM,
 }
+# Folders hold the norms of Qwen3's heads under the names of their projections, where they once were.
+register_checkpoint_conversion_mapping(
+    MkaQwen3Config.model_type,
+    [WeightRenaming(rf"attention\.{name}_proj\.norm\.", f"attention.{name}_norm.") for name in "qk"],
+)
 for model in MODELS.values():
     AutoConfig.register(model.config_class.model_type, model.config_class)
     AutoModelForCausalLM.register(model.config_class, model)

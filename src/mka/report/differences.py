@@ -27,8 +27,7 @@ class Difference:
 
     @property
     def interval(self) -> str:
-        low, high = self.estimate.low, self.estimate.high
-        return "none" if np.isnan(low) else f"{low:+.4f} to {high:+.4f}"
+        return f"{self.estimate.low:+.4f} to {self.estimate.high:+.4f}" if self.estimate.has_interval else "none"
 
     def line(self) -> str:
         alone = "" if self.seeds > 1 else " (of these two trainings: one seed)"

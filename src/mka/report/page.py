@@ -99,5 +99,7 @@ def difference_cells(against: Difference | None) -> list[Cell]:
         return [Cell("")] * len(AGAINST)
     estimate = against.estimate
     value = Cell(f"{estimate.value:+.4f}", number=estimate.value)
-    named = f"{verdict(estimate)} than {against.baseline}".replace("distinguishable than", "distinguishable from")
+    word = verdict(estimate)
+    joined = {"not distinguishable": "from", "no verdict": "against"}.get(word, "than")
+    named = f"{word} {joined} {against.baseline}"
     return [value, Cell(against.interval, number=estimate.low), Cell(named)]

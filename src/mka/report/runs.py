@@ -8,7 +8,7 @@ from mka.config import InputError
 from mka.observations import Cost, Routing, read_costs, read_routing
 from mka.report.curves import mean_curve
 from mka.report.summary import Summary, latest, summarise
-from mka.results import CurvePoint, Result, cut_lines, read_curve, read_results, results_path
+from mka.results import CurvePoint, Result, read_curve, read_results, remarks, results_path
 
 Arm = tuple[str, str]
 """A mechanism and its variant, "" for none."""
@@ -16,14 +16,15 @@ Arm = tuple[str, str]
 
 @dataclass(frozen=True)
 class Run:
-    """One folder. `name` tells it from the others beside it; `curves` are means over seeds; `cut` are torn lines."""
+    """One folder. `name` tells it from the others beside it; `curves` are means over seeds; `remarks` say what is lost
+    or cut in it."""
 
     name: str
     rows: list[Result]
     curves: dict[Arm, list[CurvePoint]]
     costs: list[Cost]
     routings: list[Routing]
-    cut: list[int]
+    remarks: list[str]
 
     @property
     def summaries(self) -> list[Summary]:
@@ -61,7 +62,7 @@ def read_run(folder: Path, name: str) -> Run:
         curves=seed_means(folder, rows),
         costs=read_costs(folder),
         routings=[routing for routing in found if routing is not None],
-        cut=cut_lines(folder),
+        remarks=remarks(folder),
     )
 
 

@@ -1,5 +1,6 @@
 """Results of several seeds -> one `Summary` a mechanism."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -10,7 +11,8 @@ from mka.results import Result
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean over seeds and sample standard deviation, in the unit of the values. `spread` is None for one seed."""
+    """Mean over seeds and sample standard deviation, in the unit of the values. `spread` is None for one seed, and for
+    values that are not all finite."""
 
     value: float
     spread: float | None = None
@@ -98,7 +100,7 @@ def summary(rows: Sequence[Result]) -> Summary:
 
 
 def mean(values: Sequence[float]) -> Mean:
-    return Mean(fmean(values), stdev(values) if len(values) > 1 else None)
+    return Mean(fmean(values), stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None)
 
 
 def mean_if_measured(values: Sequence[float | None]) -> Mean | None:

@@ -24,7 +24,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     found = [
         f"{run.name}: {text}" if len(runs) > 1 else text
         for run in runs
-        for of in (cut, not_finite, few_seeds, indistinct, collapsed, busy, changed)
+        for of in (lost, not_finite, few_seeds, indistinct, collapsed, busy, changed)
         for text in of(run)
     ]
     return [*different(runs), *found]
@@ -37,9 +37,9 @@ def different(runs: Sequence[Run]) -> Iterator[str]:
         yield f"The runs differ in {', '.join(names)}: their losses do not compare."
 
 
-def cut(run: Run) -> Iterator[str]:
-    for number in run.cut:
-        yield f"results.jsonl is cut in line {number}: that line was passed over, all others were read."
+def lost(run: Run) -> Iterator[str]:
+    for remark in run.remarks:
+        yield f"{remark}."
 
 
 def not_finite(run: Run) -> Iterator[str]:
@@ -56,11 +56,13 @@ def few_seeds(run: Run) -> Iterator[str]:
 
 
 def indistinct(run: Run) -> Iterator[str]:
-    pairs = [
-        f"{d.name} and {d.baseline}" for d in differences(run.rows) if verdict(d.estimate) == "not distinguishable"
-    ]
-    if pairs:
-        yield f"Not distinguishable, the interval holds 0: {'; '.join(pairs)}."
+    pairs: dict[str, list[str]] = {}
+    for d in differences(run.rows):
+        pairs.setdefault(verdict(d.estimate), []).append(f"{d.name} and {d.baseline}")
+    if same := pairs.get("not distinguishable"):
+        yield f"Not distinguishable, the interval holds 0: {'; '.join(same)}."
+    if unknown := pairs.get("no verdict"):
+        yield f"No verdict, one held-out block or a loss that is no number has no interval: {'; '.join(unknown)}."
 
 
 def collapsed(run: Run) -> Iterator[str]:

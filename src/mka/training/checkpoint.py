@@ -64,15 +64,10 @@ class Checkpoints:
         """The newest that is whole; says which damaged ones were passed over. Raises InputError for another run's."""
         for step in self.steps():
             folder = self.folder / NAME.format(step)
-            details, damage = check_folder(folder)
-            if details is None:
+            damage = self.damage(step)
+            if damage:
                 say(f"checkpoint {folder} is skipped: {damage}")
                 continue
-            different = [name for name, value in self.identity.items() if details["identity"].get(name) != value]
-            if different:
-                held = details["identity"].get(different[0])
-                ours = self.identity[different[0]]
-                raise InputError(f"checkpoint {folder} is of another run: {different[0]} is {held} there, {ours} here")
             return Checkpoint(
                 step,
                 load_file(folder / "model.safetensors"),
@@ -81,17 +76,38 @@ class Checkpoints:
             )
         return None
 
+    def damage(self, step: int) -> str:
+        """What is wrong with the checkpoint of a step, "" for a whole one. Raises InputError for one of another run."""
+        folder = self.folder / NAME.format(step)
+        details, damage = check_folder(folder)
+        if details is None:
+            return damage
+        if details["step"] != step:
+            return f"it is of step {details['step']}"
+        different = [name for name, value in self.identity.items() if details["identity"].get(name) != value]
+        if different:
+            held = details["identity"].get(different[0])
+            ours = self.identity[different[0]]
+            raise InputError(f"checkpoint {folder} is of another run: {different[0]} is {held} there, {ours} here")
+        return ""
+
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, the newest first."""
         names = [path.name for path in self.folder.glob("step-*") if path.is_dir()]
         return sorted((int(name[5:]) for name in names if name[5:].isdecimal()), reverse=True)
 
-    def export_weights(self, path: Path) -> None:
-        """The weights of the newest checkpoint under a name of their own, which only ever holds all of them."""
+    def export_weights(self, step: int, path: Path) -> None:
+        """The weights after `step` under a name of their own, which only ever holds all of them.
+
+        Raises InputError if there is no whole checkpoint of that step, or if it is of another run.
+        """
+        if damage := self.damage(step):
+            folder = self.folder / NAME.format(step)
+            raise InputError(f"the weights of {folder} cannot be kept: {damage}; run the same command again to go on")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
         temporary.unlink(missing_ok=True)
-        os.link(self.folder / NAME.format(self.steps()[0]) / "model.safetensors", temporary)
+        os.link(self.folder / NAME.format(step) / "model.safetensors", temporary)
         os.replace(temporary, path)
         temporary.unlink(missing_ok=True)  # it is still there if both names were the same file already
         sync_folder(path.parent)
