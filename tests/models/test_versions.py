@@ -335,6 +335,11 @@ def test_weights_that_are_only_described_cannot_be_checked(untried: list[str], m
     assert untried == KINDS
 
 
+def without_mask(given: dict[str, Any]) -> dict[str, Any]:
+    """It has another name, too, and padding is read."""
+    return {key: value for key, value in given.items() if key != "attention_mask"}
+
+
 def stale(layer: StateLayer, *given: Any, real: Any = StateLayer.attend) -> torch.Tensor:
     """It counts what it has seen, and holds nothing of it."""
     for held in layer.state.tensors.values() if layer.state else ():
@@ -347,8 +352,9 @@ def stale(layer: StateLayer, *given: Any, real: Any = StateLayer.attend) -> torc
     [
         (lambda patch: hand_on(patch, without), "gqa does not decode: InputError: the cache of block 0 took in 0 of"),
         (lambda patch: patch.setattr(StateLayer, "attend", stale), "two cached calls of gqa differ from one call by"),
+        (lambda patch: hand_on(patch, without_mask), "two cached calls of gqa differ from one call by"),
     ],
-    ids=["no cache", "a cache that forgets"],
+    ids=["no cache", "a cache that forgets", "no mask"],
 )
 def test_an_untried_version_that_decodes_wrongly_is_refused(
     plant: Callable[[pytest.MonkeyPatch], None], said: str, untried: list[str], monkeypatch: pytest.MonkeyPatch
