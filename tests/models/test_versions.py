@@ -99,6 +99,17 @@ def test_the_name_is_read_from_the_installed_version() -> None:
     assert versions.cache_parameter(nn.Linear.forward) is None
 
 
+def test_a_later_name_is_read_too() -> None:
+    def forward(model: Any, input_ids: torch.Tensor, keys_of_the_past: Cache | None = None) -> Any:
+        return model.base_model(input_ids, **{CACHE_ARGUMENT: keys_of_the_past}, use_cache=True)
+
+    model, cache = make_model("llama", "gqa"), DynamicCache()
+    later = versions.with_cache(forward)
+    for name in (*versions.CACHE_NAMES, "keys_of_the_past"):
+        later(model, IDS, **{name: cache})
+    assert cache.get_seq_length() == 3 * IDS.shape[1]
+
+
 # ---- a cache that does not arrive
 
 Use = Callable[[Any], Any]
@@ -120,8 +131,15 @@ WAYS: dict[str, Use] = {
         IDS[:1], do_sample=False, assistant_model=make_model("llama", "gqa"), max_new_tokens=3
     ),
     "pieces": lambda model: model.generate(IDS, do_sample=False, prefill_chunk_size=4, max_new_tokens=3),
-    "offloaded": lambda model: model(IDS, past_key_values=DynamicCache(offloading=True)),
+    "offloaded": lambda model: model(IDS, past_key_values=offloading()),
 }
+
+
+def offloading() -> Cache:
+    """As transformers makes it where there is a GPU."""
+    cache = DynamicCache()
+    cache.offloading = True
+    return cache
 
 
 def gpt2(model: Any) -> bool:
@@ -182,7 +200,7 @@ def test_gradient_checkpointing_in_training(backbone: str) -> None:
         output = model(IDS, labels=IDS, **more)
         assert versions.cache_of(output) is None
         output.loss.backward()
-    with pytest.raises(ValueError, match="gradient checkpointing leaves the cache out in training mode"):
+    with pytest.raises(ValueError, match="gradient checkpointing leaves the cache out: use"):
         model(IDS, past_key_values=DynamicCache())
     checks.close(in_two_calls(model.eval(), DynamicCache()), model(IDS, use_cache=False).logits)
 
@@ -317,6 +335,11 @@ def test_weights_that_are_only_described_cannot_be_checked(untried: list[str], m
     assert untried == KINDS
 
 
+def without_mask(given: dict[str, Any]) -> dict[str, Any]:
+    """It has another name, too, and padding is read."""
+    return {key: value for key, value in given.items() if key != "attention_mask"}
+
+
 def stale(layer: StateLayer, *given: Any, real: Any = StateLayer.attend) -> torch.Tensor:
     """It counts what it has seen, and holds nothing of it."""
     for held in layer.state.tensors.values() if layer.state else ():
@@ -329,8 +352,9 @@ def stale(layer: StateLayer, *given: Any, real: Any = StateLayer.attend) -> torc
     [
         (lambda patch: hand_on(patch, without), "gqa does not decode: InputError: the cache of block 0 took in 0 of"),
         (lambda patch: patch.setattr(StateLayer, "attend", stale), "two cached calls of gqa differ from one call by"),
+        (lambda patch: hand_on(patch, without_mask), "two cached calls of gqa differ from one call by"),
     ],
-    ids=["no cache", "a cache that forgets"],
+    ids=["no cache", "a cache that forgets", "no mask"],
 )
 def test_an_untried_version_that_decodes_wrongly_is_refused(
     plant: Callable[[pytest.MonkeyPatch], None], said: str, untried: list[str], monkeypatch: pytest.MonkeyPatch

@@ -72,7 +72,7 @@ def crop_that_is_not_done(patch: pytest.MonkeyPatch) -> None:
 def cache_argument_renamed_again(patch: pytest.MonkeyPatch) -> None:
     """transformers has another name for it than those that are known, and the adapter asks by name."""
 
-    def by_name(_block: int, arguments: dict[str, Any]) -> Any:
+    def by_name(_attention: Any, _block: int, arguments: dict[str, Any]) -> Any:
         return next((arguments[name] for name in versions.CACHE_NAMES if name in arguments), None)
 
     test_versions.hand_on(patch, test_versions.under("keys_of_the_past"))

@@ -46,7 +46,7 @@ class AttentionAdapter(nn.Module):
         `others`: what a block hands on; the cache among them is found by its class. Raises ValueError for a mask of
         another form, and where a cache is asked for and none is given.
         """
-        cache = cache_for_block(self.layer_idx, others)
+        cache = cache_for_block(self, self.layer_idx, others)
         if attention_mask is not None and attention_mask.shape != hidden_states.shape[:2]:
             raise ValueError(
                 f"attention_mask is {tuple(attention_mask.shape)}; it must be (rows, columns), zeros at padding, with "

@@ -79,21 +79,19 @@ def renamed(arguments: dict[str, Any], name: str) -> dict[str, Any]:
     return others if cache is None else others | {name: cache}
 
 
-def lost(what: str) -> InputError:
-    return InputError(
-        f"{what}, so its result would be wrong; {installed()} (gradient checkpointing leaves the cache out in training "
-        "mode: use model.eval(), or use_cache=False and no cache)"
-    )
+def lost(what: str, module: nn.Module) -> InputError:
+    advice = "; gradient checkpointing leaves the cache out: use model.eval(), or use_cache=False and no cache"
+    return InputError(f"{what}, so its result would be wrong; {installed()}{advice if module.training else ''}")
 
 
-def cache_for_block(number: int, arguments: dict[str, Any]) -> Cache | None:
+def cache_for_block(attention: nn.Module, number: int, arguments: dict[str, Any]) -> Cache | None:
     """The cache among what a block hands to its attention. Raises InputError where one is asked for and there is none.
 
     arguments: all but hidden states, mask and positions, by whatever names the version has for them.
     """
     cache = cache_among(arguments.values())
     if cache is None and arguments.get("use_cache"):
-        raise lost(f"block {number} was to use a cache and was given none")
+        raise lost(f"block {number} was to use a cache and was given none", attention)
     return cache
 
 
@@ -133,7 +131,7 @@ def check_use(
     if used is not None:
         check_growth(model, before, lengths(used), columns)
     elif asked and not (model.training and any(blocks_with_checkpoints(model))):
-        raise lost("use_cache is True and no cache was made")
+        raise lost("use_cache is True and no cache was made", model)
 
 
 def blocks_with_checkpoints(model: Any) -> Iterator[bool]:
@@ -156,7 +154,7 @@ def check_growth(model: Any, before: list[int], after: list[int], columns: int |
     due = (max(grown.values(), default=0) or 1) if columns is None else columns
     for number, count in grown.items():
         if count != due:
-            raise lost(f"the cache of block {number} took in {count} of the call's {due} columns")
+            raise lost(f"the cache of block {number} took in {count} of the call's {due} columns", model)
 
 
 def held(lengths: list[int], number: int) -> int:
