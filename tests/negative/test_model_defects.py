@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import checks
+from checks_versions import hand_on, stale, under, without
 from mka.memory.router import Router
 from mka.models import versions
 from mka.models.cache import StateLayer
@@ -75,7 +76,7 @@ def cache_argument_renamed_again(patch: pytest.MonkeyPatch) -> None:
     def by_name(_attention: Any, _block: int, arguments: dict[str, Any]) -> Any:
         return next((arguments[name] for name in versions.CACHE_NAMES if name in arguments), None)
 
-    test_versions.hand_on(patch, test_versions.under("keys_of_the_past"))
+    hand_on(patch, under("keys_of_the_past"))
     patch.setattr("mka.models.adapter.cache_for_block", by_name)
 
 
@@ -95,18 +96,16 @@ def untried_version_that_is_trusted(patch: pytest.MonkeyPatch) -> None:
 def lost_cache_is_refused() -> None:
     with pytest.MonkeyPatch.context() as patch:
         blocks = (1,)
-        test_versions.test_a_cache_that_does_not_arrive_is_an_error(
-            "llama", "the default", test_versions.without, blocks, patch
-        )
+        test_versions.test_a_cache_that_does_not_arrive_is_an_error("llama", "the default", without, blocks, patch)
 
 
 def wrong_version_is_refused() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(versions.transformers, "__version__", "5.99.0.dev0")
         patch.setattr(versions, "checked_classes", set())
-        patch.setattr(StateLayer, "attend", test_versions.stale)
+        patch.setattr(StateLayer, "attend", stale)
         with pytest.raises(ValueError, match="two cached calls of gqa differ from one call"):
-            test_versions.make_model("llama", "fmka")
+            test_cache.make_model("llama", "fmka")
 
 
 def padded_rows_are_rows_alone() -> None:
