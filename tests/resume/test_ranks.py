@@ -17,10 +17,11 @@ PLACES: list[tuple[str, int, Moment]] = [
     ("mka.experiments.benchmark.evaluate", 1, "before"),
     ("mka.experiments.benchmark.make_model", 1, "before"),
     ("mka.experiments.benchmark.append_result", 0, "before"),
-    ("mka.storage.os.replace", 0, "after"),
+    ("mka.folders.write_atomically", 0, "after"),
     ("mka.data.tokens.write_split", 0, "before"),
 ]
-"""Function, rank, when. Which call it is, is drawn; a first rank alone writes."""
+"""Function, rank, when. Which call it is, is drawn; a first rank alone writes, and all its calls come before the ranks
+part: what draws the report after that is not among them."""
 
 
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, len(PLACES)))])
