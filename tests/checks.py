@@ -93,7 +93,7 @@ def assert_future_values_ignored(attn: CausalAttention, x: Tensor, huge: float =
 
 def assert_largest_values_ignored(attn: CausalAttention, x: Tensor) -> None:
     """The largest numbers there are, of one sign and of both: every product with them leaves the range of the dtype."""
-    largest, mixed = torch.finfo(x.dtype).max, torch.where(rows(x.shape[0], x.shape[1], seed=9) < 0, -1, 1)
+    largest, mixed = torch.finfo(x.dtype).max, torch.where(rows(x.shape[0], x.shape[1], seed=9) < 0, -1.0, 1.0).to(x)
     for made in (lambda: None, lambda: attn.initial_state(x.shape[0])):
         y, _ = attn(x, state=made())
         for number, t in enumerate(range(0, x.shape[1] - 1, 5)):

@@ -149,7 +149,7 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
             return content
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise InputError(said(folder, MANIFEST, ALTERED))
 

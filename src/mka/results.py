@@ -172,7 +172,7 @@ def raw_lines(folder: Path) -> list[bytes]:
 def is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:  # not JSON, or not even UTF-8
+    except (ValueError, RecursionError):  # not JSON, or not even UTF-8
         return False
     return True
 

@@ -68,7 +68,7 @@ def check_folder(folder: Path) -> tuple[dict[str, Any] | None, str]:
                 return None, f"{name} {damage}"
     except OSError:
         return None, f"{MANIFEST} cannot be read"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None, f"{MANIFEST} is altered"
     return content["details"], ""
 

@@ -60,6 +60,30 @@ def test_what_changes_a_layer_of_mla_is_kept_in_decoding(how: str, name: str) ->
     checks.close(checks_state.in_calls(attn, x, (7, 8, 15))[0], whole)
 
 
+@pytest.mark.parametrize("how", ["hook of all modules", "pre-hook of all modules", "the class"])
+@torch.no_grad()
+def test_what_changes_every_layer_is_kept_in_decoding(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attn, x = checks.make("mla", "rotary"), checks.rows(2, 20)
+    plain, real, handle = attn(x)[0], nn.Linear.forward, None
+    if how == "the class":
+        monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: 2 * real(layer, x))
+    elif how == "hook of all modules":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, output: twice(module, inputs, output) if type(module) is nn.Linear else None
+        )
+    else:
+        handle = nn.modules.module.register_module_forward_pre_hook(
+            lambda module, inputs: (2 * inputs[0],) if type(module) is nn.Linear else None
+        )
+    try:
+        whole = attn(x)[0]
+        assert not torch.allclose(whole, plain)
+        checks.close(checks_state.in_calls(attn, x, (7, 8, 15))[0], whole)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 @torch.no_grad()
 def test_weights_that_are_shown_follow_the_wrapped_layer() -> None:
     attn, x = checks.make("mla", "rotary"), checks.rows(1, 12)

@@ -50,6 +50,43 @@ def test_fifty_splits_into_many(kind: str, variant: str, side: str, dtype: torch
 
 
 @every_case
+@pytest.mark.parametrize("columns", [2, 4, 9])
+@torch.no_grad()
+def test_one_token_among_padding(kind: str, variant: str, columns: int) -> None:
+    """A call of several columns that brings every row a single token reads no further than its window."""
+    attn, x = make(kind, variant), checks.rows(2, TOKENS)
+    y, state = attn(x)[0], attn.initial_state(2)
+    _, state = in_calls(attn, x[:, :20], (), state=state)
+    valid = torch.zeros(2, columns, dtype=torch.bool)
+    valid[0, 0] = valid[1, columns - 1] = True
+    for t in range(20, 26):
+        part = torch.full((2, columns, x.shape[2]), 1e6, dtype=x.dtype)
+        part[valid] = x[:, t]
+        checks.close(attn(part, valid=valid, state=state)[0][valid], y[:, t])
+
+
+@every_case
+@torch.no_grad()
+def test_a_state_whose_call_ended_in_an_error_is_refused(kind: str, variant: str) -> None:
+    """It has counted tokens that it does not hold."""
+    attn, x = make(kind, variant), checks.rows(2, TOKENS)
+    for seen in (0, 9):
+        state = attn.initial_state(2)
+        if seen:
+            attn(x[:, :seen], state=state)
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        hook = attn.get_submodule("o_proj").register_forward_pre_hook(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            attn(x[:, seen:20], state=state)
+        hook.remove()
+        with pytest.raises(ValueError, match=r"the state of \w+ is torn: a call on it ended in an error"):
+            attn(x[:, seen:20], state=state)
+
+
+@every_case
 @pytest.mark.parametrize("reversible", [0, 3])
 def test_token_by_token(kind: str, variant: str, reversible: int) -> None:
     assert_split_changes_nothing(make(kind, variant), checks.rows(2, TOKENS), range(1, TOKENS), reversible=reversible)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from checks import close, rows
+from checks_models import make_model, tokens
 from mka.attention import ATTENTION_TYPES, CausalAttention
 from mka.memory.state import Entry, State
 from mka.models import AttentionAdapter, build, build_model, gpt2_config
@@ -86,3 +87,24 @@ def test_an_option_that_a_mechanism_does_not_have_is_an_error() -> None:
         build_model(CONFIG, "mha", chunk_size=3)
     with pytest.raises(ValueError, match="nearest: 'mha'"):
         build_model(CONFIG, "mhaa")
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mla", "mka", "fmka"])
+@torch.no_grad()
+def test_packed_documents_are_refused(kind: str) -> None:
+    """Told apart by positions that start anew; padding, whatever position it has, is none of that."""
+    model, ids = make_model("llama", kind), tokens(2, 9)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="position_ids fall within row 0, at column 4"):
+        model(ids[:1], position_ids=packed)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]])
+    for padded in ((mask.cumsum(1) - 1).clamp(min=0), (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)):
+        model(ids, attention_mask=mask, position_ids=padded)
+
+
+def test_blocks_that_are_not_numbered_from_zero_are_refused() -> None:
+    model = make_model("llama", "gqa")
+    del model.model.layers[0]
+    model.config.num_hidden_layers = 1
+    with pytest.raises(ValueError, match=r"the blocks are numbered \[1\], and a cache counts them from 0"):
+        model(tokens(1, 5), use_cache=True)

@@ -106,6 +106,42 @@ def test_a_torn_cache_is_refused(kind: str, seen: int) -> None:
             model(ids[:, :3], past_key_values=cache)
 
 
+@pytest.mark.parametrize("kind", ["mha", "mla", *MEMORIES])
+@torch.no_grad()
+def test_an_error_in_the_last_block(kind: str) -> None:
+    """All blocks have counted the call then, and the last one has not read it."""
+    model, ids = make_model("llama", kind), tokens(2, 20)
+    cache = memory_cache(model)
+    model(ids[:, :12], past_key_values=cache)
+
+    def interrupted(*_: Any) -> None:
+        raise MemoryError
+
+    hook = mechanisms(model)[-1].get_submodule("o_proj").register_forward_pre_hook(interrupted)
+    with pytest.raises(MemoryError):
+        model(ids[:, 12:], past_key_values=cache)
+    hook.remove()
+    with pytest.raises(InputError, match="is torn"):
+        model(ids[:, 12:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["mha", "mla", *MEMORIES])
+@torch.no_grad()
+def test_a_mask_that_takes_back_what_was_read(kind: str) -> None:
+    """As after a batch of which one row ended early: the padding behind it was read as tokens."""
+    model, ids = make_model("llama", kind), tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :3] = 0
+    cache = memory_cache(model)
+    model(ids[:, :12], attention_mask=mask[:, :12], past_key_values=cache)
+    model(ids[:, 12:14], attention_mask=mask[:, :14], past_key_values=cache)
+    mask[0, 10:12] = 0
+    with pytest.raises(InputError, match="column 10 of row 0 is padding; it was read as a token"):
+        model(ids[:, 14:], attention_mask=mask, past_key_values=cache)
+    mask[0, 10:12] = 1
+    model(ids[:, 14:], attention_mask=mask, past_key_values=cache)
+
+
 @every_memory
 @torch.no_grad()
 def test_a_cache_that_is_cropped_and_chosen_is_not_torn(kind: str) -> None:

@@ -1,5 +1,6 @@
 """A bank remembers what stood in the context: the same chunks for the same queries, and the same read from them."""
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,20 @@ def test_another_models_bank_is_refused(tmp_path: Path) -> None:
         next(ours.parameters()).view(-1)[0] += 1
     with pytest.raises(InputError, match="means nothing to another"):
         Bank.create(tmp_path / "bank", fingerprint(ours))
+
+
+def test_a_document_knows_whose_it_is(tmp_path: Path) -> None:
+    """One of another model's bank, and one under another identity: both are damaged, whatever their checksums say."""
+    ours, other = make_model("llama", "mka"), make_model("llama", "mka", top_k=1)
+    banks = [fill(tmp_path / name, model, [tokens(1, 20)]) for name, model in (("ours", ours), ("other", other))]
+    (document,), (foreign,) = (bank.documents() for bank in banks)
+    shutil.rmtree(document.folder)
+    shutil.copytree(foreign.folder, document.folder)
+    with pytest.raises(InputError, match="is damaged: it is of another model"):
+        banks[0].documents()
+    foreign.folder.rename(foreign.folder.with_name("0123456789abcdef"))
+    with pytest.raises(InputError, match=rf"is damaged: it is {foreign.folder.name} under another name"):
+        banks[1].documents()
 
 
 def test_what_a_layer_keeps(tmp_path: Path) -> None:

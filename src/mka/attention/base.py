@@ -87,6 +87,8 @@ class CausalAttention(nn.Module, ABC):
         if self.rotary is not None and positions is None:
             positions = token_index(x, state)
         y = self.mix(x, positions, state)
+        if state is not None:
+            state.end()
         return y if rows is None else rows.unpack(y), state
 
     @abstractmethod

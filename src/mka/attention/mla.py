@@ -11,6 +11,7 @@ D = C / H, R latent rank.
 
 import torch
 from torch import Tensor, cat, einsum, nn
+from torch.nn.modules import module
 
 from mka.attention.base import Bias, CausalAttention, normalise
 from mka.config import InputError, check_at_least
@@ -18,6 +19,9 @@ from mka.memory.local import attend_local
 from mka.memory.state import Entry, State
 from mka.ops.rotary import RotaryEmbedding
 
+LINEAR = nn.Linear.forward
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+"""Where torch keeps the hooks of all modules."""
 LATENT = ("latent", "latent")
 """The state's store, as keys and as values."""
 
@@ -152,5 +156,7 @@ def is_plain(layer: nn.Module) -> bool:
     offloading and sharding hook it, or put a function of their own over its forward.
     """
     if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
+        return False
+    if nn.Linear.forward is not LINEAR or any(getattr(module, name, None) for name in GLOBAL_HOOKS):
         return False
     return not (layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer))

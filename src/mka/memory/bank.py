@@ -97,7 +97,7 @@ class Bank:
                 raise ValueError(f"{BANK} is altered")
         except OSError as error:
             raise InputError(f"bank is {str(folder)!r}; it is no bank: {BANK}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"bank is {str(folder)!r}; its {BANK} is altered; make the bank anew") from error
         if format_ != FORMAT:
             raise InputError(
@@ -140,7 +140,12 @@ class Bank:
         place = self.folder / DOCUMENTS
         for folder in sorted(place.iterdir()) if place.is_dir() else ():
             if not folder.name.startswith("."):
-                yield folder, *check_folder(folder)
+                details, damage = check_folder(folder)
+                if details is not None and details.get("fingerprint") != self.info["fingerprint"]:
+                    details, damage = None, "it is of another model"
+                elif details is not None and details.get("identity") != folder.name:
+                    details, damage = None, f"it is {details.get('identity')} under another name"
+                yield folder, details, damage
 
     def add(self, name: str, text: str, tokens: int, states: Sequence[State]) -> Document:
         """Keep the completed chunks of a document that the model has read, block by block, all or nothing.
@@ -150,12 +155,13 @@ class Bank:
         chunks = chunks_of(states[0])
         number = max((document.number for document in self.documents()), default=-1) + 1
         details = {"name": name, "number": number, "tokens": tokens, "chunks": chunks}
+        whose = {"fingerprint": self.info["fingerprint"], "identity": identity(text)}
 
         def fill(folder: Path) -> Mapping[str, Any]:
             for layer, state in enumerate(states):
                 for store in kept_stores(state):
                     write_store(folder / file_name(layer, store), state, store, chunks)
-            return details
+            return details | whose
 
         folder = self.folder / DOCUMENTS / identity(text)
         write_folder(folder, fill)

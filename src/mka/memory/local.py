@@ -137,7 +137,8 @@ def in_place(
         if one and (window is None or held[names[0]].shape[1] <= window):
             return held, None, None
         return held, state.entry_at(names[0]), state.past[0] if window is None and state.is_even else None
-    reach = min(reach, max(state.lengths))
+    # `reach` counts the columns of the call, padding among them: one token's window may be shorter.
+    reach = min(reach, max(state.lengths), window if one else reach)
     held = {name: state.latest(name, reach, after=True) for name in names}
     if one:
         return held, None, None

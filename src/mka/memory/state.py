@@ -88,6 +88,7 @@ class State:
         self.owner, self.entries, self.reversible = owner, dict(entries), reversible
         self.past, self.lengths, self.furthest = ([0] * batch_size for _ in range(3))
         self.checked: Mapping[str, Entry] | None = None
+        self.in_call = False
         self.longterm = longterm or LongTerm()
         self.index: Any = None
         bank = self.longterm.bank
@@ -218,10 +219,21 @@ class State:
             records.release(max(self.lengths) // self.entries[name].every)
 
     def begin(self, counts: Sequence[int]) -> None:
-        """A call brings `counts` (B,) valid tokens. Raises ValueError, with nothing changed, if a store has no room."""
+        """A call brings `counts` (B,) valid tokens; `end` is its end.
+
+        Raises ValueError, with nothing changed, if a store has no room, and where the call before has not ended: what
+        it counted was not all written.
+        """
+        if self.in_call:
+            raise InputError(f"the state of {self.owner} is torn: a call on it ended in an error; start with a new one")
         lengths = self.reserve(counts)
+        self.in_call = True
         self.past, self.lengths = self.lengths, lengths
         self.furthest = [max(pair) for pair in zip(self.furthest, self.lengths, strict=True)]
+
+    def end(self) -> None:
+        """Everything of the call is written."""
+        self.in_call = False
 
     @property
     def is_fresh(self) -> bool:

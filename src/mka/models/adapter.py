@@ -14,11 +14,13 @@ PADDING_MASK = "mka_padding_mask"
 
 
 def padding_mask(*, q_length: int, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """transformers' hook for attention masks: the mechanisms are causal by themselves and want (B, T) or nothing."""
+    """transformers' hook for attention masks: (B, columns seen and new), or None where nothing of it is padding.
+
+    The mechanisms are causal by themselves.
+    """
     if attention_mask is None or attention_mask.shape[1] == q_length:
         return attention_mask
-    valid = attention_mask[:, -q_length:]
-    return None if bool(valid.all()) else valid
+    return None if bool(attention_mask.all()) else attention_mask
 
 
 AttentionMaskInterface.register(PADDING_MASK, padding_mask)
@@ -41,18 +43,15 @@ class AttentionAdapter(nn.Module):
         position_ids: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states (B, T, C), attention_mask (B, T), position_ids (B or 1, T) -> (y (B, T, C), None).
+        """hidden_states (B, T, C), attention_mask (B, T) or with the columns of the cache before them (B, S + T),
+        position_ids (B or 1, T) -> (y (B, T, C), None).
 
         `others`: what a block hands on; the cache among them is found by its class. Raises ValueError for a mask of
-        another form, and where a cache is asked for and none is given.
+        another form or that takes back what it said of the cache's columns, and where a cache is asked for and none is
+        given.
         """
         cache = cache_for_block(self, self.layer_idx, others)
-        if attention_mask is not None and attention_mask.shape != hidden_states.shape[:2]:
-            raise ValueError(
-                f"attention_mask is {tuple(attention_mask.shape)}; it must be (rows, columns), zeros at padding, with "
-                f"{hidden_states.shape[0]} rows"
-            )
-        valid = None if attention_mask is None else attention_mask.bool()
+        past, valid = columns_of_mask(hidden_states, attention_mask)
         layer = None
         if cache is None:
             y, _state = self.attention(hidden_states, positions=position_ids, valid=valid)
@@ -60,13 +59,28 @@ class AttentionAdapter(nn.Module):
             layer = state_layer(cache, self.layer_idx)
             if cache.offloading:
                 layer.prefetch()
-            begin_call(cache, layer, hidden_states, valid)
+            begin_call(cache, layer, hidden_states, valid, past)
             y = layer.attend(self.attention, hidden_states, position_ids, valid)
             if cache.offloading:
                 layer.offload()
         if (shown := shown_here()) is not None:
             shown[-1] = in_columns(shown[-1], valid, layer)
         return self.dropout(y), None
+
+
+def columns_of_mask(x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What a mask says of the columns before those of x (B, T, C), and of these: (B, S) and (B, T) bool, or None."""
+    if mask is None:
+        return None, None
+    rows, tokens = x.shape[:2]
+    if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < tokens:
+        raise ValueError(
+            f"attention_mask is {tuple(mask.shape)}; it must be (rows, columns), zeros at padding, with {rows} rows"
+        )
+    if mask.shape[1] == tokens:
+        return None, mask.bool()
+    past, valid = mask.bool().split([mask.shape[1] - tokens, tokens], dim=1)
+    return past, None if bool(valid.all()) else valid
 
 
 def in_columns(weights: Tensor, valid: Tensor | None, layer: StateLayer | None) -> Tensor:

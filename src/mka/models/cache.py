@@ -81,6 +81,22 @@ class StateLayer(CacheLayerMixin):
         ]
         return torch.cat(calls, dim=1)
 
+    def check_past(self, past: Tensor) -> None:
+        """Raises InputError unless `past` (B, S) marks as padding what was padding when it was read."""
+        seen, columns = self.valid_columns(), self.get_seq_length()
+        if past.shape[1] != columns:
+            raise InputError(
+                f"attention_mask has {past.shape[1]} columns before this call's; the cache holds {columns}"
+            )
+        seen = torch.ones_like(past) if seen is None else seen.to(past.device)
+        if not torch.equal(past, seen):
+            row, column = (past != seen).nonzero()[0].tolist()
+            said, was = ("a token", "padding") if past[row, column] else ("padding", "a token")
+            raise InputError(
+                f"attention_mask says that column {column} of row {row} is {said}; it was read as {was}, and a memory "
+                "cannot take that back: give each call the mask that the cache was filled with, or start a new cache"
+            )
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
@@ -154,6 +170,8 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
 
     Raises ValueError for a cache that another model has filled.
     """
+    if not hasattr(cache, "layers"):
+        raise InputError(f"the cache is a {type(cache).__name__}; allowed: one with a layer for each block, or None")
     while len(cache.layers) <= index:
         cache.layers.append(StateLayer())
     layer: Any = cache.layers[index]
@@ -166,14 +184,17 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
     return layer
 
 
-def begin_call(cache: Cache, layer: StateLayer, x: Tensor, valid: Tensor | None) -> None:
+def begin_call(cache: Cache, layer: StateLayer, x: Tensor, valid: Tensor | None, past: Tensor | None = None) -> None:
     """What must hold before a block, whose layer of the cache that is, reads its columns x (B, T, C).
 
     Before the first block there must be room in all of them: one that fails in the middle leaves a cache that nobody
-    can go on with. Every later block must stand where the first one stood. Raises ValueError.
+    can go on with. What the mask says of the columns before, `past` (B, S), must be what was said when they were read.
+    Every later block must stand where the first one stood. Raises ValueError.
     """
     ours = [each for each in cache.layers if isinstance(each, StateLayer)]
     if layer is ours[0]:
+        if past is not None:
+            layer.check_past(past)
         kept = [each for each in ours if each.form is not None]
         counts = [x.shape[1]] * x.shape[0] if valid is None or not kept else valid.sum(1).tolist()
         try:

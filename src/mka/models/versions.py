@@ -113,6 +113,8 @@ def with_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = renamed(kwargs, name)
+        if not torch.compiler.is_compiling():
+            check_positions(kwargs.get("position_ids"), kwargs.get("attention_mask"))
         given = cache_among((*args, *kwargs.values()))
         before = lengths(given)
         output = forward(self, *args, **kwargs)
@@ -121,6 +123,27 @@ def with_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     return checked
+
+
+def check_positions(positions: Any, mask: Any) -> None:
+    """Raises InputError where the positions (B or 1, T) of a row's tokens fall: documents that were packed in one row.
+
+    `mask`: (B, S + T), zeros at padding, whose positions mean nothing; None: there is none.
+    """
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
+        return
+    places = positions
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= positions.shape[1]:
+        valid = mask[:, -positions.shape[1] :].bool().to(positions.device)
+        places = positions.masked_fill(~valid, -1)
+        places = places.where(valid, places.cummax(1).values)
+    falls = places < places.cummax(1).values
+    if bool(falls.any()):
+        row, column = falls.nonzero()[0].tolist()
+        raise InputError(
+            f"position_ids fall within row {row}, at column {column}: documents packed in one row are not kept apart "
+            "here; give them as rows of their own"
+        )
 
 
 def check_use(
@@ -150,6 +173,11 @@ def check_growth(model: Any, before: list[int], after: list[int], columns: int |
     family = family_of(model.config)
     blocks = list(family.blocks(model))[: model.config.num_hidden_layers]  # a draft of early exit runs the first alone
     numbers = [getattr(getattr(block, family.attention_name, None), "layer_idx", None) for block in blocks]
+    if None not in numbers and numbers != list(range(len(numbers))):
+        raise InputError(
+            f"the blocks are numbered {numbers}, and a cache counts them from 0: after taking blocks out of a model, "
+            "set the layer_idx of each block's attention anew"
+        )
     grown = {number: held(after, number) - held(before, number) for number in numbers if number is not None}
     due = (max(grown.values(), default=0) or 1) if columns is None else columns
     for number, count in grown.items():
