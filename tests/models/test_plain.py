@@ -252,6 +252,35 @@ def test_what_is_not_plain_is_refused_in_one_line(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "an epsilon": (lambda m: setattr(m.model.norm, "variance_epsilon", 0.5), r"model.norm.variance_epsilon is 0.5"),
+    "a scale": (lambda m: setattr(m.model.layers[1].self_attn, "scaling", 0.1), r"self_attn.scaling is 0.1"),
+    "angles": (lambda m: m.model.rotary_emb.inv_freq.mul_(2), "inv_freq is not what the model's config says"),
+    "a bound": (lambda m: setattr(m.model.embed_tokens, "max_norm", 0.5), "embed_tokens.max_norm is 0.5"),
+    "the config": (
+        lambda m: setattr(m.config, "rms_norm_eps", 0.5),
+        r"variance_epsilon is .*; by the model's config it is",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_settings_that_are_not_those_of_the_config_are_refused(what: str) -> None:
+    change, message = SETTINGS[what]
+    model = llama()
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        convert(model, "gqa")
+
+
+def test_settings_that_change_no_logit_are_not_looked_at() -> None:
+    model = llama()
+    model.config.pad_token_id, model.config.attention_dropout = 3, 0.1
+    model.train().eval()
+    wanted = logits(model)
+    assert torch.allclose(logits(convert(model.bfloat16().float(), "gqa")), wanted, atol=0.1)
+
+
 def test_adapters_are_converted_once_they_are_merged() -> None:
     """The remedy that the message names gives the adapted model."""
     model = adapted("up_proj", "k_proj")

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from mka.memory.router import Router
 from mka.models.adapter import PADDING_MASK, AttentionAdapter
 from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of, rotary_of, window_of
 from mka.models.versions import CACHE_ARGUMENT, cache_among, check_version, columns_of, renamed, with_cache
-from mka.models.weights import check_loaded
+from mka.models.weights import check_finite, check_loaded, check_precision
 
 FROM_CONFIG = ("hidden_size", "num_heads", "head_dim", "bias", "rotary")
 """Options of a mechanism that the backbone's configuration decides."""
@@ -153,7 +154,11 @@ class MemoryModel(PreTrainedModel):
         report, drawn = kwargs.pop("output_loading_info", False), kwargs.pop("ignore_mismatched_sizes", False)
         loaded: Any = super().from_pretrained(*args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True)
         model, info = loaded
-        check_loaded(model, vars(model).pop("_weights_report", info), model.name_or_path, shapes=not drawn)
+        where = model.name_or_path
+        check_loaded(model, vars(model).pop("_weights_report", info), where, shapes=not drawn)
+        check_finite(model, where)
+        if Path(where).is_dir():
+            check_precision(model, Path(where))
         return (model, info) if report else model
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:

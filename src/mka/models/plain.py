@@ -13,10 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mka.config import InputError
-from mka.models.families import PREFIX
+from mka.models.families import PREFIX, head_dim_of, rotary_of
 from mka.models.modeling import MODELS
 from mka.models.weights import FLOATS, not_finite, others
 
+CIRCUMSTANCES = frozenset(
+    {
+        *("training", "gradient_checkpointing", "layer_idx", "loss_type", "name_or_path"),
+        *("p", "attention_dropout", "padding_idx"),  # in training
+    }
+)
+"""Settings of a module that may differ between models of one configuration, and change no logit."""
+PLAIN = (bool, int, float, str, type(None))
 COMPILED = "_orig_mod"
 """What torch.compile puts before the names of what it wraps."""
 TRUSTED = ("transformers", "accelerate", "mka")
@@ -57,6 +65,9 @@ def check_plain(model: Any) -> None:
     for name, twin in modules_of(plain):
         check_module(name, found.get(name), twin)
     check_weights(model, dict(plain.state_dict()))
+    for name, twin in modules_of(plain):
+        check_settings(name, found[name], twin)
+    check_rotary(model)
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -82,6 +93,38 @@ def check_module(name: str, module: nn.Module | None, twin: nn.Module) -> None:
         if hook is not None and not (place := origin(hook)).startswith(TRUSTED):
             how = "its forward is replaced" if hook is hooks[-1] else "a hook is called with it"
             raise InputError(f"{name or 'model'} computes more than its weights: {how}, by {place}; {advice(place)}")
+
+
+def check_settings(name: str, module: nn.Module, twin: nn.Module) -> None:
+    """Raises InputError for a number, a name or a switch of a module that is not what the configuration makes it."""
+    for field, wanted in settings_of(twin):
+        value = vars(module).get(field, wanted)
+        if isinstance(value, PLAIN) and value != wanted:
+            raise InputError(
+                f"{name or 'model'}.{field} is {value!r}; by the model's config it is {wanted!r}: a new model is made "
+                "of the config alone, so change it there too"
+            )
+
+
+def settings_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The numbers, names and switches of a module that have a say in what it computes."""
+    for field, value in vars(module).items():
+        if isinstance(value, PLAIN) and not field.startswith("_") and field not in CIRCUMSTANCES:
+            yield field, value
+
+
+def check_rotary(model: Any) -> None:
+    """Raises InputError where a rotary embedding turns by other angles than the configuration says."""
+    embedding = getattr(getattr(model, "model", None), "rotary_emb", None)
+    if embedding is None:
+        return
+    rotary, found = rotary_of(model.config, head_dim_of(model.config)), embedding.inv_freq.detach().cpu()
+    # A model that was cast to bfloat16, and back even, has rounded angles.
+    if not torch.allclose(found.float(), rotary.rates(torch.zeros(1)), rtol=2**-8, atol=0):
+        raise InputError(
+            "model.rotary_emb.inv_freq is not what the model's config says (rope_parameters): a new model is made of "
+            "the config alone, so change it there too"
+        )
 
 
 def check_weights(model: Any, wanted: dict[str, Tensor]) -> None:
