@@ -81,7 +81,9 @@ def test_several_turns_with_the_returned_cache(kind: str, backbone: str) -> None
     for turn in range(3):
         row = torch.cat([row, tokens(1, 4, seed=turn + 10)], dim=1)
         wanted = greedy_without_cache(model, row, 7)
-        given = generate(model, row, past_key_values=cache, return_dict_in_generate=True, max_new_tokens=7)
+        told = {"past_key_values": cache, "return_dict_in_generate": True, "max_new_tokens": 7}
+        # Without a mask transformers takes every 0 for padding, those that the model has said included.
+        given = generate(model, row, attention_mask=torch.ones_like(row), **told)
         row, cache = given.sequences, given.past_key_values
         assert torch.equal(row, wanted)
         assert states(cache)[0].num_tokens.tolist() == [row.shape[1] - 1]

@@ -94,7 +94,8 @@ class StateLayer(CacheLayerMixin):
             said, was = ("a token", "padding") if past[row, column] else ("padding", "a token")
             raise InputError(
                 f"attention_mask says that column {column} of row {row} is {said}; it was read as {was}, and a memory "
-                "cannot take that back: give each call the mask that the cache was filled with, or start a new cache"
+                "cannot take that back: give each call the mask that the cache was filled with (generate makes one of "
+                "pad_token_id where none is given), or start a new cache"
             )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
