@@ -33,6 +33,10 @@ def twice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     return 2 * output
 
 
+def twice_before(module: nn.Module, inputs: Any) -> Any:
+    return (2 * inputs[0],) if type(module) is nn.Linear else None
+
+
 @pytest.mark.parametrize(("kind", "variant", "name"), LAYERS)
 def test_every_layer_is_called(kind: str, variant: str, name: str) -> None:
     checks_wrapped.assert_layer_is_called(checks.make(kind, variant), name, checks.make(kind, variant))
@@ -72,9 +76,7 @@ def test_what_changes_every_layer_is_kept_in_decoding(how: str, monkeypatch: pyt
             lambda module, inputs, output: twice(module, inputs, output) if type(module) is nn.Linear else None
         )
     else:
-        handle = nn.modules.module.register_module_forward_pre_hook(
-            lambda module, inputs: (2 * inputs[0],) if type(module) is nn.Linear else None
-        )
+        handle = nn.modules.module.register_module_forward_pre_hook(twice_before)
     try:
         whole = attn(x)[0]
         assert not torch.allclose(whole, plain)
