@@ -1,6 +1,7 @@
 """States as they stand after a long context, filled with random numbers."""
 
-from mka.memory.state import State, store
+from mka.memory.entry import store
+from mka.memory.state import State
 
 ROOM = 64
 """Entries that can be added before a store grows."""

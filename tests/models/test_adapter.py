@@ -10,7 +10,8 @@ from torch import Tensor
 from checks import close, rows
 from checks_models import make_model, tokens
 from mka.attention import ATTENTION_TYPES, CausalAttention
-from mka.memory.state import Entry, State
+from mka.memory.entry import Entry
+from mka.memory.state import State
 from mka.models import AttentionAdapter, build, build_model, gpt2_config
 
 CONFIG = gpt2_config(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import checks
 import checks_state
-from mka.memory.state import Entry, State
+from mka.memory.entry import Entry
+from mka.memory.state import State
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 MEMORY = ("mka", "fmka")

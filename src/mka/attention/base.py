@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mka.config import InputError, check_at_least, check_heads
+from mka.memory.entry import Entry
 from mka.memory.local import token_index
 from mka.memory.places import LongTerm
 from mka.memory.router import Router
-from mka.memory.state import Entry, State
+from mka.memory.state import State
 from mka.ops.packing import packing
 from mka.ops.rotary import RotaryEmbedding
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from mka.attention.base import Bias
 from mka.attention.grouped import MemoryAttention
 from mka.config import SessionDecay, check_at_least
+from mka.memory.entry import Entry
 from mka.memory.local import attend_local, token_index
 from mka.memory.longterm import chunk_entries, chunk_means, read_summaries, retrieve, write_chunk_means
 from mka.memory.router import LOCAL, LONG_TERM, SESSION
 from mka.memory.search import search
-from mka.memory.state import Entry, State
+from mka.memory.state import State
 from mka.ops.rotary import RotaryEmbedding
 
 

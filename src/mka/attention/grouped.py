@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from mka.attention.base import Bias, CausalAttention, normalise
 from mka.config import InputError, SessionDecay, check_at_least, check_memory
+from mka.memory.entry import Entry
 from mka.memory.local import local_entries
 from mka.memory.longterm import num_candidates
 from mka.memory.places import LongTerm
 from mka.memory.router import LOCAL, LONG_TERM, NUM_LEVELS, SESSION, Router
 from mka.memory.search import CODE, Limits, code_entry, sign_codes
 from mka.memory.session import SessionAverage
-from mka.memory.state import Entry, State
+from mka.memory.state import State
 from mka.ops.rotary import RotaryEmbedding
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from mka.attention.base import Bias
 from mka.attention.grouped import MemoryAttention
 from mka.config import LONGTERM_POSITIONS, LongTermPositions, SessionDecay, check_at_least, unknown_name
+from mka.memory.entry import Entry
 from mka.memory.local import attend_local, local_entries, token_index
 from mka.memory.longterm import (
     attend_chunks,
@@ -30,7 +31,7 @@ from mka.memory.longterm import (
 from mka.memory.router import LOCAL, LONG_TERM, SESSION
 from mka.memory.search import search
 from mka.memory.session import attend_slots, slot_columns
-from mka.memory.state import Entry, State
+from mka.memory.state import State
 from mka.ops.rotary import RotaryEmbedding
 
 TOKENS, LOCAL_TOKENS, SLOTS = ("k", "v"), ("local_k", "local_v"), ("slot_k", "slot_v")

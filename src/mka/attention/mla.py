@@ -15,8 +15,9 @@ from torch.nn.modules import module
 
 from mka.attention.base import Bias, CausalAttention, normalise
 from mka.config import InputError, check_at_least
+from mka.memory.entry import Entry
 from mka.memory.local import attend_local
-from mka.memory.state import Entry, State
+from mka.memory.state import State
 from mka.ops.rotary import RotaryEmbedding
 
 LINEAR = nn.Linear.forward

@@ -7,7 +7,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from mka.memory.state import Entry, State
+from mka.memory.entry import Entry
+from mka.memory.state import State
 from mka.ops.attend import MIN_BLOCK, attend_all, attend_at, attend_causal, attention_weights
 
 SHOWN: ContextVar[list[Tensor] | None] = ContextVar("shown", default=None)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from mka.memory.state import Entry, State
+from mka.memory.entry import Entry
+from mka.memory.state import State
 from mka.memory.store import Records
 from mka.ops.attend import attend_masked
 from mka.ops.chunks import chunk_attention

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from mka.config import InputError
+from mka.memory.entry import Entry
 from mka.memory.longterm import Retrieved, num_candidates, retrieve, top_by_place
-from mka.memory.state import Entry, State
+from mka.memory.state import State
 from mka.ops.precision import no_autocast, upcast
 
 CODE = "code"

@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mka.memory.entry import Entry
 from mka.memory.local import token_index
-from mka.memory.state import Entry, State
+from mka.memory.state import State
 from mka.ops.attend import attend_at, attend_causal
 from mka.ops.precision import upcast, wide
 from mka.ops.scan import carry_average, causal_average

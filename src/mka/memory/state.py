@@ -10,43 +10,20 @@ Rows count their own tokens, so padding and batch-mates do not matter, and takin
 they wrote is written over. Of a ring the entries before the newest `limit` are gone, hence `reversible`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mka.config import InputError, check_at_least
+from mka.memory.entry import Entry, runs, store
 from mka.memory.places import Joined, LongTerm
 from mka.memory.store import RecordForm, Records, Store
 
 STEP = 64
 """Stores grow by an eighth, to a multiple of this many entries: a token does not copy what is there."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The form of one store: an entry of `shape` for every `every` tokens, the `latest` of which are read.
-
-    `block`: entries that are read together, by number; such a store may lie elsewhere (mka.memory.store).
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    every: int = 1
-    latest: int | None = None
-    block: int | None = None
-
-    def limit(self, reversible: int) -> int | None:
-        """Entries that are kept, those that taking back `reversible` tokens needs included."""
-        return None if self.latest is None else self.latest - (-reversible // self.every)
-
-    def nbytes(self, num_tokens: int, reversible: int) -> int:
-        """Bytes of the entries held of one row of `num_tokens` tokens."""
-        entries, limit = num_tokens // self.every, self.limit(reversible)
-        return (entries if limit is None else min(entries, limit)) * prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -360,24 +337,3 @@ class State:
         larger = store(data.shape[0], places, data.shape[2:], dtype=data.dtype, device=data.device)
         larger[:, : data.shape[1]] = data
         self.tensors[name] = larger
-
-
-def store(
-    rows: int,
-    places: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """(B, S, ...) zeros; of heads (B, S, G, D) each lies by itself in memory, as attention reads them."""
-    if len(shape) < 2:
-        return torch.zeros(rows, places, *shape, dtype=dtype, device=device)
-    return torch.zeros(rows, shape[0], places, *shape[1:], dtype=dtype, device=device).transpose(1, 2)
-
-
-def runs(begin: int, end: int, limit: int | None) -> Iterator[tuple[int, int]]:
-    """The entries [begin, end) in pieces that lie side by side in a ring of `limit` places."""
-    while begin < end:
-        stop = end if limit is None else min(end, begin - begin % limit + limit)
-        yield begin, stop
-        begin = stop
