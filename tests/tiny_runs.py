@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import io
 import json
+import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -83,6 +84,18 @@ class Place:
 
     def keys(self, output: str = "run") -> list[tuple[str, int]]:
         return [(row["attention_type"], row["seed"]) for row in self.rows(output)]
+
+
+def finished_run(place: Place, *arguments: object) -> Path:
+    """The folder of a run that has ended well."""
+    assert place.bench(*arguments).status == 0
+    return place.folder / "run"
+
+
+def with_copy(place: Place, run: Path) -> Place:
+    """The place, with a copy of a finished run that may be changed."""
+    shutil.copytree(run, place.folder / "run")
+    return place
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

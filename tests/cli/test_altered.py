@@ -8,7 +8,7 @@ import pytest
 
 from mka import cli
 from mka.results import read_results, results_path
-from tiny_runs import Place, end, fingerprint
+from tiny_runs import Place, end, fingerprint, finished_run, with_copy
 
 BENCH = ("--attention_type", "mka", "--max_steps", 1, "--local_window", 8, "--chunk_size", 4)
 MODEL = "run/models/mka-seed0"
@@ -17,14 +17,12 @@ MODEL = "run/models/mka-seed0"
 @pytest.fixture(scope="module")
 def finished(tiny_place: Place) -> Path:
     """Not to be changed."""
-    assert tiny_place.bench(*BENCH).status == 0
-    return tiny_place.folder / "run"
+    return finished_run(tiny_place, *BENCH)
 
 
 @pytest.fixture
 def copied(finished: Path, place: Place) -> Place:
-    shutil.copytree(finished, place.folder / "run")
-    return place
+    return with_copy(place, finished)
 
 
 def flip(path: Path) -> None:

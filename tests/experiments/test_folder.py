@@ -11,7 +11,7 @@ from mka.config import BenchmarkConfig, InputError
 from mka.experiments import benchmark
 from mka.experiments.folder import agree_with_folder, choose_folder, describe, open_folder, short
 from mka.results import read_results
-from tiny_runs import TINY, Place, fingerprint, write_corpus
+from tiny_runs import TINY, Place, fingerprint, finished_run, with_copy, write_corpus
 
 THREE = ("--attention_type", "mha", "mqa", "gqa")
 
@@ -19,15 +19,13 @@ THREE = ("--attention_type", "mha", "mqa", "gqa")
 @pytest.fixture(scope="module")
 def finished(tiny_place: Place) -> Path:
     """A run of three mechanisms; not to be changed."""
-    assert tiny_place.bench(*THREE).status == 0
-    return tiny_place.folder / "run"
+    return finished_run(tiny_place, *THREE)
 
 
 @pytest.fixture
 def copied(place: Place, finished: Path) -> Place:
     """A copy of it, to be changed."""
-    shutil.copytree(finished, place.folder / "run")
-    return place
+    return with_copy(place, finished)
 
 
 def lines(place: Place) -> list[bytes]:

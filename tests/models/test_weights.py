@@ -22,7 +22,12 @@ from mka.models.weights import stored_dtypes
 
 Loader = Callable[[Path], Any]
 IDS = tokens(1, 12)
-by_command: Loader = lambda folder: load_model(str(folder))  # noqa: E731
+
+
+def by_command(folder: Path) -> Any:
+    return load_model(str(folder))
+
+
 every_loader = pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, by_command], ids=["auto", "ours"])
 
 

@@ -9,7 +9,12 @@ from torch import nn
 
 import checks
 import checks_wrapped
+from contract import test_state, test_switches
+from memory import test_session
 from mka.attention.base import CausalAttention
+from mka.memory import search
+from mka.memory.session import SessionAverage
+from mka.memory.state import State
 from mka.models.cache import StateLayer
 from models import test_all_blocks
 
@@ -86,4 +91,52 @@ def test_a_torn_cache_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     check()
     monkeypatch.setattr("mka.models.adapter.begin_call", lambda *_: None)
     with pytest.raises(pytest.fail.Exception):
+        check()
+
+
+def test_a_torn_state_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
+        test_state.test_a_state_whose_call_ended_in_an_error_is_refused("gqa", "small")
+
+    check()
+    monkeypatch.setattr(State, "in_call", property(lambda _: False, lambda _, value: None), raising=False)
+    with pytest.raises(pytest.fail.Exception):
+        check()
+
+
+def test_a_mask_of_the_past_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
+        test_all_blocks.test_a_mask_that_takes_back_what_was_read("mka")
+
+    check()
+    monkeypatch.setattr(StateLayer, "check_past", lambda layer, past: None)
+    with pytest.raises(pytest.fail.Exception):
+        check()
+
+
+def test_a_decay_that_rounds_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
+        test_session.test_a_learned_decay_at_its_ends_can_be_carried_on(40.0, torch.float32)
+
+    check()
+    monkeypatch.setattr(SessionAverage, "decay", lambda session, x: torch.sigmoid(session.decay_logit))
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("kind", ["mka", "fmka"])
+def test_codes_re_ranked_after_the_longest_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as all chunks say, those of later tokens and longer rows among them."""
+
+    def check() -> None:
+        test_switches.test_every_store_and_search(kind, "few chunks re-ranked", "device", "lsh", monkeypatch)
+
+    check()
+    real = search.retrieve_lsh
+
+    def all_chunks(*given: Any) -> Any:
+        return real(*given, reranked=max(1, given[1].shape[1] // 3))
+
+    monkeypatch.setattr(search, "retrieve_lsh", all_chunks)
+    with pytest.raises(AssertionError):
         check()

@@ -114,7 +114,8 @@ def stored_dtypes(folder: Path) -> dict[str, str]:
     found = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            names = file.keys()  # it is no dict, and cannot be gone through itself
+            found |= {name: file.get_slice(name).get_dtype() for name in names}
     return found
 
 
