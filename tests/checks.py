@@ -27,13 +27,27 @@ ROTARY = RotaryEmbedding(HIDDEN_SIZE // NUM_HEADS)
 VARIANTS: dict[str, dict[str, Any]] = {
     "small": SMALL,
     "no-window": SMALL | {"local_window": None, "session_stride": 1, "session_slots": 7},
-    "literal": {"local_window": None, "session_decay": 0.9, "session_stride": 1, "session_slots": None, "top_k": 0},
+    "literal": {
+        "mix": "routed",
+        "local_window": None,
+        "session_decay": 0.9,
+        "session_stride": 1,
+        "session_slots": None,
+        "top_k": 0,
+    },
+    "no-sinks": SMALL | {"sink_tokens": 0},
     "biased": SMALL | {"bias": True, "q_lora_rank": 6, "kv_lora_rank": 3},
     "wide": SMALL | {"head_dim": 6, "bias": "qkv"},
     "rotary": SMALL | {"rotary": ROTARY, "qk_rope_head_dim": ROTARY.head_dim},
-    "unplaced": SMALL | {"rotary": ROTARY, "longterm_positions": "none"},
+    "far": SMALL | {"rotary": ROTARY, "qk_rope_head_dim": ROTARY.head_dim, "sink_tokens": 2, "max_distance": 10},
+    "routed": SMALL | {"mix": "routed", "longterm_positions": "clamped", "sink_tokens": 1, "rotary": ROTARY},
+    "routed far": SMALL | {"mix": "routed", "rotary": ROTARY, "max_distance": 12},
+    "clamped": SMALL | {"rotary": ROTARY, "longterm_positions": "clamped"},
+    "unplaced": SMALL | {"rotary": ROTARY, "longterm_positions": "none", "sink_tokens": 0},
 }
-CASES = [(kind, variant) for kind in ATTENTION_TYPES for variant in VARIANTS if variant != "unplaced" or kind == "mka"]
+OF_MKA = ("routed", "routed far", "clamped", "unplaced")
+"""Variants of what mka alone has."""
+CASES = [(kind, variant) for kind in ATTENTION_TYPES for variant in VARIANTS if variant not in OF_MKA or kind == "mka"]
 
 
 def options_of(kind: str, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,14 @@ ATTENTION_TITLES = {
     "fmka": "Fast Memorized Key Attention",
 }
 STORES = ("device", "host", "disk")
-SEARCHES = ("exact", "lsh", "faiss")
 DATASETS = ("stdlib", "wikitext2", "wikitext103", "text")
 
-LongTermPositions = Literal["clamped", "none"]
-LONGTERM_POSITIONS: tuple[LongTermPositions, ...] = ("clamped", "none")
+Mix = Literal["joint", "routed"]
+MIXES: tuple[Mix, ...] = ("joint", "routed")
+LongTermPositions = Literal["true", "clamped", "none"]
+LONGTERM_POSITIONS: tuple[LongTermPositions, ...] = ("true", "clamped", "none")
+SINK_TOKENS = 4
+"""Attention sinks where nothing else is said."""
 SessionDecay = float | Literal["learned"] | None
 
 
@@ -53,6 +56,30 @@ def nearest(value: str, names: Iterable[str]) -> str:
 def check_at_least(name: str, value: float | None, least: float) -> None:
     if value is not None and not value >= least:
         raise InputError(f"{name} is {value}; it must be at least {least}")
+
+
+def check_sinks(local_window: int | None, sink_tokens: int | None) -> int:
+    """How many sinks there are: those that were asked for, or 4, or as many as fit; without a window there are none."""
+    if sink_tokens is None:
+        return 0 if local_window is None else min(SINK_TOKENS, local_window - 1)
+    check_at_least("sink_tokens", sink_tokens, 0)
+    if sink_tokens and (local_window is None or sink_tokens >= local_window):
+        where = "there is no local_window" if local_window is None else f"local_window is {local_window}"
+        raise InputError(
+            f"sink_tokens is {sink_tokens}; {where}; sinks need a window that is larger than they are, or 0"
+        )
+    return sink_tokens
+
+
+def check_distance(local_window: int | None, sinks: int, max_distance: int | None) -> int | None:
+    """A distance that no window reaches: within one, keys stand where they are."""
+    if max_distance is not None:
+        least = (local_window or 0) + sinks
+        if max_distance < max(1, least):
+            raise InputError(
+                f"max_distance is {max_distance}; it must be at least local_window and sink_tokens together, {least}"
+            )
+    return max_distance
 
 
 def check_heads(hidden_size: int, num_heads: int, num_kv_heads: int, kv_option: str = "num_kv_heads") -> None:
@@ -317,7 +344,7 @@ def attention_options(kind: str, config: BenchmarkConfig) -> dict[str, object]:
 
 @dataclass(frozen=True, kw_only=True)
 class LongTermConfig:
-    """Where the long-term memory of a model is kept while it reads, and how it is searched."""
+    """Where the long-term memory of a model is kept while it reads."""
 
     longterm_store: Literal["device", "host", "disk"] = "device"
     """Where mka and fmka keep what they retrieve: on the device, in host memory, or in a memory-mapped file."""
@@ -325,13 +352,10 @@ class LongTermConfig:
     """Folder of that file, which has no name there and goes with the process; default: the system's temporary one."""
     longterm_gib: float | None = None
     """Limit of host memory or file, in GiB, all blocks together."""
-    longterm_search: Literal["exact", "lsh", "faiss"] = "exact"
-    """How candidates are found: exact, lsh (sign random projections, re-ranked exactly) or faiss (its package)."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("longterm_store", STORES), ("longterm_search", SEARCHES)):
-            if getattr(self, name) not in allowed:
-                raise unknown_name(name, getattr(self, name), allowed)
+        if self.longterm_store not in STORES:
+            raise unknown_name("longterm_store", self.longterm_store, STORES)
         if self.longterm_gib is not None and not 0 < self.longterm_gib < float("inf"):
             raise InputError(f"longterm_gib is {self.longterm_gib}; it must be above 0")
         if self.longterm_folder is not None and self.longterm_store != "disk":
@@ -342,4 +366,4 @@ class LongTermConfig:
     @property
     def is_special(self) -> bool:
         """Whether anything is not as usual."""
-        return self.longterm_store != "device" or self.longterm_search != "exact"
+        return self.longterm_store != "device"

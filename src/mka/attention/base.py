@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mka.config import InputError, check_at_least, check_heads
+from mka.config import InputError, check_at_least, check_distance, check_heads, check_sinks
 from mka.memory.entry import Entry
 from mka.memory.local import token_index
 from mka.memory.places import LongTerm
 from mka.memory.router import Router
 from mka.memory.state import State
+from mka.ops.attend import Window
 from mka.ops.packing import packing
 from mka.ops.rotary import RotaryEmbedding
 
@@ -38,6 +39,8 @@ class CausalAttention(nn.Module, ABC):
         head_dim: int | None,
         bias: Bias,
         rotary: RotaryEmbedding | None,
+        sink_tokens: int | None = None,
+        max_distance: int | None = None,
     ) -> None:
         super().__init__()
         check_heads(hidden_size if head_dim is None else num_heads * head_dim, num_heads, num_kv_heads)
@@ -49,6 +52,8 @@ class CausalAttention(nn.Module, ABC):
         self.head_dim = head_dim or hidden_size // num_heads
         self.inner_size = num_heads * self.head_dim
         self.local_window = local_window
+        self.sink_tokens = check_sinks(local_window, sink_tokens)
+        self.max_distance = check_distance(local_window, self.sink_tokens, max_distance)
         self.bias = bias
         self.rotary = rotary
 
@@ -118,7 +123,7 @@ class CausalAttention(nn.Module, ABC):
         if longterm is not None and longterm.is_special and not any(e.block for e in entries.values()):
             raise InputError(
                 f"{longterm.asked_for}; {type(self).__name__} as it is here retrieves nothing; allowed: "
-                "longterm_store device, longterm_search exact, no bank"
+                "longterm_store device, no bank"
             )
         return State(type(self).__name__, entries, batch_size, device or self.own_device, reversible, longterm)
 
@@ -173,8 +178,25 @@ class CausalAttention(nn.Module, ABC):
                 module.reset_output()
 
     def keys_attended(self, context: int) -> int:
-        """Tokens inside the local window of the last of `context` tokens."""
-        return context if self.local_window is None else min(context, self.local_window)
+        """Tokens that the last of `context` tokens sees in its local window, sinks included."""
+        return context if self.window is None else self.window.tokens_seen(context)
+
+    @property
+    def window(self) -> Window | None:
+        """What the local level sees; None: the whole past. Without rotary embeddings there are no distances."""
+        if self.local_window is None:
+            return None
+        until = None if self.rotary is None else self.max_distance
+        return Window(self.local_window, self.sink_tokens, until=until)
+
+    def far_queries(self, q: Tensor, positions: Tensor | None, t: Tensor) -> Tensor | None:
+        """q (B, T, H, D), not yet rotated, as tokens further than `max_distance` from a row's first ones meet them.
+
+        They stand at that distance from the token with index 0, whatever its position. None: nobody is that far.
+        """
+        if self.window is None or self.window.until is None or positions is None:
+            return None
+        return self.rotate(q, positions - t + self.window.until)
 
     def linear_parameters(self, *shapes: tuple[int, int]) -> int:
         """Parameters of linear layers of (inputs, outputs) before the attention, and of the output projection."""

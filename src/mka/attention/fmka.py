@@ -21,12 +21,15 @@ from mka.attention.base import Bias
 from mka.attention.grouped import MemoryAttention
 from mka.config import SessionDecay, check_at_least
 from mka.memory.entry import Entry
-from mka.memory.local import attend_local, token_index
-from mka.memory.longterm import chunk_entries, chunk_means, read_summaries, retrieve, write_chunk_means
+from mka.memory.local import token_index
+from mka.memory.longterm import asked_at, chunk_entries, chunk_means, read_summaries, write_chunk_means
 from mka.memory.router import LOCAL, LONG_TERM, SESSION
-from mka.memory.search import search
+from mka.memory.search import retrieve
 from mka.memory.state import State
 from mka.ops.rotary import RotaryEmbedding
+
+INDEX = "index_key"
+"""The state's store of what chunks are found by."""
 
 
 class FastMemoryKeyedAttention(MemoryAttention):
@@ -37,8 +40,6 @@ class FastMemoryKeyedAttention(MemoryAttention):
     `session_decay=None` switches the session level off, `top_k=0` the long-term level. `index_size` is the width of
     the index keys. Raises ValueError for heads that do not divide and limits of the memory levels.
     """
-
-    index_store = "index_key"
 
     def __init__(
         self,
@@ -51,12 +52,14 @@ class FastMemoryKeyedAttention(MemoryAttention):
         top_k: int = 4,
         session_decay: SessionDecay = "learned",
         index_size: int = 64,
+        sink_tokens: int | None = None,
+        max_distance: int | None = None,
         router_size: int | None = None,
         head_dim: int | None = None,
         bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        shared = (chunk_size, top_k, session_decay, router_size, head_dim, bias, rotary)
+        shared = (chunk_size, top_k, session_decay, router_size, head_dim, bias, rotary, sink_tokens, max_distance)
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
         check_at_least("index_size", index_size, 1)
         self.index_size = index_size
@@ -67,42 +70,42 @@ class FastMemoryKeyedAttention(MemoryAttention):
     def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         """Query, memories, route, fuse, attend, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
         q, t = self.queries(x), token_index(x, state)
-        f = self.fuse(x, t, self.router(q, self.levels_at(t, 0, state)), state)
-        k, v = self.keys(f), self.values(f)
-        o = attend_local(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window, state)
-        return self.o_proj(o.flatten(2))
+        f = self.fuse(x, self.weights_at(q, t, 0, state), state)
+        read = self.read_local(q, self.keys(f), self.values(f), positions, state)
+        return self.o_proj(read.values.flatten(2))
 
-    def fuse(self, x: Tensor, t: Tensor, weights: Tensor, state: State | None) -> Tensor:
+    def fuse(self, x: Tensor, weights: Tensor, state: State | None) -> Tensor:
         """f (B, T, C): the mix, by the router's weights (B, T, M), of the levels at every token."""
         f = weights[..., LOCAL, None] * x
         if self.session is not None:
             f = f + weights[..., SESSION, None] * self.session(x, state)
-        if self.top_k and (r := self.read_long_term(x, t, state)) is not None:
+        if self.top_k and (r := self.read_long_term(x, state)) is not None:
             f = f + weights[..., LONG_TERM, None] * r
         return f.to(x.dtype)
 
-    def read_long_term(self, x: Tensor, t: Tensor, state: State | None) -> Tensor | None:
+    def read_long_term(self, x: Tensor, state: State | None) -> Tensor | None:
         """r (B, T, C); None where no token has a candidate."""
         if state is not None:
-            return self.read_state(x, t, state)
+            return self.read_state(x, state)
         means = chunk_means(x, self.chunk_size)
         if not self.num_candidates(x.shape[1]):
             return None
         keys, u = self.index_k_proj(means.to(x.dtype)), self.index_q_proj(x)
-        retrieved = retrieve(u.unsqueeze(2), keys.unsqueeze(2), **self.limits._asdict())
+        retrieved = self.watched(retrieve(u.unsqueeze(2), keys.unsqueeze(2), self.limits()))
         return read_summaries(u, keys, means, retrieved)
 
-    def read_state(self, x: Tensor, t: Tensor, state: State) -> Tensor | None:
+    def read_state(self, x: Tensor, state: State) -> Tensor | None:
         """The same with the chunks of the state, to which those that x completes are added."""
         keys = self.index_k_proj(write_chunk_means(x, self.chunk_size, state).to(x.dtype))
-        state.write(self.index_store, keys)
-        self.write_index(keys, state)
+        state.write(INDEX, keys)
         if not self.can_retrieve(state):
             return None
         u = self.index_q_proj(x)
         means = state.records("chunk_mean") if state.is_apart("chunk_mean") else state.all("chunk_mean")
-        retrieved = search(u.unsqueeze(2), state, self.index_store, t, self.limits)
-        return read_summaries(u, state.all(self.index_store), means, retrieved)
+        keys = state.all(INDEX)
+        limits, asked = self.limits(state), asked_at(x, state)
+        retrieved = self.watched(retrieve(u.unsqueeze(2), keys.unsqueeze(2), limits, asked))
+        return read_summaries(u, keys, means, retrieved)
 
     @property
     def num_parameters(self) -> int:
@@ -115,7 +118,7 @@ class FastMemoryKeyedAttention(MemoryAttention):
             entries |= self.session.entries(self.hidden_size, dtype)
         if self.top_k:
             entries |= chunk_entries((self.hidden_size,), dtype, self.chunk_size, block=1)
-            entries[self.index_store] = Entry((self.index_size,), dtype, every=self.chunk_size)
+            entries[INDEX] = Entry((self.index_size,), dtype, every=self.chunk_size)
         return entries
 
     def flops_per_token(self, context: int) -> int:

@@ -14,13 +14,17 @@ from torch import Tensor
 
 from mka.attention.base import Bias
 from mka.attention.grouped import GroupedAttention
-from mka.memory.local import attend_local
 from mka.memory.state import State
 from mka.ops.rotary import RotaryEmbedding
 
 
 class GroupedQueryAttention(GroupedAttention):
-    """H query heads share G key/value heads. Raises ValueError where H does not divide C or G does not divide H."""
+    """H query heads share G key/value heads.
+
+    With a window the first `sink_tokens` tokens are read by all (None: 4, or as many as fit), no further away than
+    `max_distance` where positions are rotary (None: wherever they are).
+    Raises ValueError where H does not divide C or G does not divide H, and for sinks that do not fit.
+    """
 
     def __init__(
         self,
@@ -29,16 +33,18 @@ class GroupedQueryAttention(GroupedAttention):
         num_kv_heads: int = 4,
         *,
         local_window: int | None = None,
+        sink_tokens: int | None = None,
+        max_distance: int | None = None,
         head_dim: int | None = None,
         bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, head_dim, bias, rotary)
+        sinks = (sink_tokens, max_distance)
+        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, head_dim, bias, rotary, *sinks)
 
     def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
         q, k, v = self.queries(x), self.keys(x), self.values(x)
-        o = attend_local(self.rotate(q, positions), self.rotate(k, positions), v, self.local_window, state)
-        return self.o_proj(o.flatten(2))
+        return self.o_proj(self.read_local(q, k, v, positions, state).values.flatten(2))
 
 
 class MultiHeadAttention(GroupedQueryAttention):
@@ -50,12 +56,22 @@ class MultiHeadAttention(GroupedQueryAttention):
         num_heads: int,
         *,
         local_window: int | None = None,
+        sink_tokens: int | None = None,
+        max_distance: int | None = None,
         head_dim: int | None = None,
         bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
         super().__init__(
-            hidden_size, num_heads, num_heads, local_window=local_window, head_dim=head_dim, bias=bias, rotary=rotary
+            hidden_size,
+            num_heads,
+            num_heads,
+            local_window=local_window,
+            sink_tokens=sink_tokens,
+            max_distance=max_distance,
+            head_dim=head_dim,
+            bias=bias,
+            rotary=rotary,
         )
 
 
@@ -68,10 +84,20 @@ class MultiQueryAttention(GroupedQueryAttention):
         num_heads: int,
         *,
         local_window: int | None = None,
+        sink_tokens: int | None = None,
+        max_distance: int | None = None,
         head_dim: int | None = None,
         bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
         super().__init__(
-            hidden_size, num_heads, 1, local_window=local_window, head_dim=head_dim, bias=bias, rotary=rotary
+            hidden_size,
+            num_heads,
+            1,
+            local_window=local_window,
+            sink_tokens=sink_tokens,
+            max_distance=max_distance,
+            head_dim=head_dim,
+            bias=bias,
+            rotary=rotary,
         )

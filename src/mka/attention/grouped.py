@@ -1,6 +1,7 @@
 """What the mechanisms with grouped key/value heads share, and what the two with memories add to it."""
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +9,12 @@ from torch import Tensor, nn
 from mka.attention.base import Bias, CausalAttention, normalise
 from mka.config import InputError, SessionDecay, check_at_least, check_memory
 from mka.memory.entry import Entry
-from mka.memory.local import local_entries
-from mka.memory.longterm import num_candidates
-from mka.memory.places import LongTerm
+from mka.memory.local import attend_local, local_entries, token_index
 from mka.memory.router import LOCAL, LONG_TERM, NUM_LEVELS, SESSION, Router
-from mka.memory.search import CODE, Limits, code_entry, sign_codes
+from mka.memory.search import Limits, Retrieved
 from mka.memory.session import SessionAverage
 from mka.memory.state import State
+from mka.ops.attend import Read
 from mka.ops.rotary import RotaryEmbedding
 
 
@@ -36,8 +36,11 @@ class GroupedAttention(CausalAttention):
         head_dim: int | None,
         bias: Bias,
         rotary: RotaryEmbedding | None,
+        sink_tokens: int | None,
+        max_distance: int | None,
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, head_dim, bias, rotary)
+        shared = (head_dim, bias, rotary, sink_tokens, max_distance)
+        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
         if rotary is not None and rotary.head_dim != self.head_dim:
             raise InputError(f"rotary.head_dim is {rotary.head_dim}; it must be the head size, {self.head_dim}")
         self.kv_size = num_kv_heads * self.head_dim
@@ -70,6 +73,22 @@ class GroupedAttention(CausalAttention):
         """x (..., C) -> v (..., G, D)."""
         return self.heads(self.v_proj(x))
 
+    def read_local(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor | None,
+        state: State | None,
+        names: tuple[str, str] = ("k", "v"),
+        *,
+        lse: bool = False,
+    ) -> Read:
+        """What q (B, T, H, D) reads of the tokens k and v (B, T, G, D), none rotated yet, and of those before."""
+        far = self.far_queries(q, positions, token_index(q, state))
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        return attend_local(q, k, v, self.window, state, names, far=far, lse=lse)
+
     @property
     def num_parameters(self) -> int:
         c, kv = self.hidden_size, self.kv_size
@@ -77,22 +96,53 @@ class GroupedAttention(CausalAttention):
         return self.linear_parameters((c, self.inner_size), (c, kv), (c, kv)) + norms
 
     def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
-        """k and v of the tokens in the window."""
-        return local_entries(("k", "v"), (self.num_kv_heads, self.head_dim), dtype, self.local_window)
+        """k and v of the tokens in the window, and of the sinks."""
+        return local_entries(("k", "v"), (self.num_kv_heads, self.head_dim), dtype, self.window)
 
     def flops_per_token(self, context: int) -> int:
         projections = 4 * self.hidden_size * (self.inner_size + self.kv_size)
         return projections + 4 * self.inner_size * self.keys_attended(context)
 
 
+class Watched(NamedTuple):
+    """What a mechanism does with its levels: the weight of each (B, T, H or 1, M), and which exist (B, T, M)."""
+
+    weights: Tensor
+    exists: Tensor
+
+    @classmethod
+    def of(cls, levels: Sequence[int], weights: Tensor, reads: Sequence[Read]) -> "Watched":
+        """Of reads with one weight each, (N, B, T, H), and the level of each."""
+        mass = weights.new_zeros(*weights.shape[1:], NUM_LEVELS)
+        exists = torch.zeros(*weights.shape[1:3], NUM_LEVELS, dtype=torch.bool, device=weights.device)
+        for level, weight, read in zip(levels, weights, reads, strict=True):
+            mass[..., level] += weight
+            exists[..., level] |= (read.sums > -torch.inf).any(-1)
+        return cls(mass, exists)
+
+
+def silenced(reads: Sequence[tuple[int, Read]], silent: int) -> list[tuple[int, Read]]:
+    """The reads with nothing where the level `silent` was; a query that reads there alone keeps it."""
+    others = [read.sums > -torch.inf for level, read in reads if level != silent]
+    if not others:
+        return list(reads)
+    some = torch.stack(others).any(0)
+    return [
+        (level, read._replace(lse=read.sums.masked_fill(some, -torch.inf))) if level == silent else (level, read)
+        for level, read in reads
+    ]
+
+
 class MemoryAttention(GroupedAttention):
     """Grouped heads with a session average, long-term chunks and a router over the three levels.
 
-    `session_decay=None` switches the session level off, `top_k=0` the long-term level. `index_store` names the state's
-    store of the keys that chunks are found by.
+    `session_decay=None` switches the session level off, `top_k=0` the long-term level. `mix_by_head`: whether the
+    router has logits for every head. For those who look: `watcher` is called with what is `Watched` and with what is
+    `Retrieved` in every call, and the level `silent` is left out wherever there is another.
     """
 
-    index_store: str
+    watcher: Callable[[Watched | Retrieved], None] | None = None
+    silent: int | None = None
 
     def __init__(
         self,
@@ -107,16 +157,21 @@ class MemoryAttention(GroupedAttention):
         head_dim: int | None,
         bias: Bias,
         rotary: RotaryEmbedding | None,
+        sink_tokens: int | None,
+        max_distance: int | None,
+        *,
+        mix_by_head: bool = False,
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, head_dim, bias, rotary)
+        shared = (head_dim, bias, rotary, sink_tokens, max_distance)
+        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
         check_memory(local_window, chunk_size, top_k, session_decay)
         check_at_least("router_size", router_size, 1)
         self.chunk_size = chunk_size
         self.top_k = top_k
         self.router_size = router_size or max(1, hidden_size // 2)
         self.session = None if session_decay is None else SessionAverage(hidden_size, session_decay)
-        self.router = Router(self.inner_size, self.router_size)
+        self.router = Router(self.inner_size, self.router_size, num_heads if mix_by_head else None)
 
     def levels_at(self, t: Tensor, first_session: int, state: State | None = None) -> Tensor:
         """(B or 1, T, M) bool: the levels that exist at token indices t; the session has something to offer from
@@ -125,64 +180,56 @@ class MemoryAttention(GroupedAttention):
         exists[..., LOCAL] = True
         exists[..., SESSION] = (t >= first_session) & (self.session is not None)
         if self.top_k:
-            banked = 0 if state is None else state.banked
-            exists[..., LONG_TERM] = num_candidates(t, self.chunk_size, self.local_window or 0) + banked > 0
+            limits = self.limits(state)
+            exists[..., LONG_TERM] = (limits.end(t) > limits.banked + limits.hidden) | (limits.banked > 0)
         return exists
 
-    def initial_state(
-        self,
-        batch_size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        reversible: int = 0,
-        longterm: LongTerm | None = None,
-    ) -> State:
-        bank = None if longterm is None else longterm.bank
-        if longterm and bank and longterm.config.longterm_search == "lsh":
-            keys = bank.summaries[self.index_store]
-            keys = keys if keys.dim() == 3 else keys.unsqueeze(1)
-            coded = {CODE: sign_codes(keys, keys)}
-            longterm = replace(longterm, bank=replace(bank, summaries={**bank.summaries, **coded}))
-        return super().initial_state(batch_size, dtype, device, reversible, longterm)
+    def weights_at(self, q: Tensor, t: Tensor, first_session: int, state: State | None) -> Tensor:
+        """(B, T, M): the router's weights of the levels that exist at t, for queries (B, T, H, D)."""
+        exists = self.levels_at(t, first_session, state)
+        if self.silent is not None:
+            exists[..., self.silent] = False
+            exists[..., LOCAL] |= ~exists.any(-1)
+        weights = self.router.weights(q, exists)
+        if self.watcher is not None:
+            self.watcher(Watched(weights.unsqueeze(2), exists.expand(weights.shape)))
+        return weights
 
-    def state_of(self, dtype: torch.dtype, longterm: LongTerm | None) -> dict[str, Entry]:
-        """`state_entries`, with the sign codes of the summaries where they are searched by them."""
-        entries = self.state_entries(dtype)
-        if longterm is None or longterm.config.longterm_search != "lsh" or not self.top_k:
-            return entries
-        shape = entries[self.index_store].shape
-        groups, width = shape if len(shape) == 2 else (1, *shape)
-        return entries | {CODE: code_entry(groups, width, self.chunk_size)}
-
-    def write_index(self, keys: Tensor, state: State) -> None:
-        """Note the keys (B, N, G, E) or (B, N, E) of the chunks that this call completes, as they will be searched."""
-        if CODE in state.entries:
-            keys, held = (x if x.dim() == 4 else x.unsqueeze(2) for x in (keys, state.all(self.index_store)))
-            state.write(CODE, sign_codes(keys, held))
+    def watched(self, retrieved: Retrieved) -> Retrieved:
+        if self.watcher is not None:
+            self.watcher(retrieved)
+        return retrieved
 
     @property
-    def limits(self) -> Limits:
+    def hidden_sinks(self) -> int:
+        """Tokens at the beginning of a row that L1 holds for ever, and that are not read again in their chunks."""
+        return 0
+
+    def limits(self, state: State | None = None) -> Limits:
         """Which chunks are candidates, and how many of them are retrieved."""
-        return Limits(self.chunk_size, self.local_window or 0, self.top_k)
+        banked = 0 if state is None else state.banked
+        return Limits(self.chunk_size, self.local_window or 0, self.top_k, self.hidden_sinks, banked)
 
     def can_retrieve(self, state: State) -> bool:
         """Whether any token has a candidate by now."""
-        return self.num_candidates(max(state.lengths)) + state.banked > 0
+        return self.limits(state).count(max(state.lengths)) > 0
 
     def num_candidates(self, context: int) -> int:
         """Chunks that the last of `context` tokens may retrieve."""
-        return max(0, (context - (self.local_window or 0)) // self.chunk_size) if self.top_k else 0
+        return self.limits().count(context)
 
     @property
     def num_parameters(self) -> int:
-        router = self.router_size
+        router, logits = self.router_size, self.router.output.out_features
         learned_decay = self.session is not None and self.session.fixed_decay is None
         return (
             super().num_parameters
             + (self.inner_size + 1) * router
-            + (router + 1) * NUM_LEVELS
+            + (router + 1) * logits
             + learned_decay * self.hidden_size
         )
 
     def flops_per_token(self, context: int) -> int:
-        return super().flops_per_token(context) + 2 * self.router_size * (self.inner_size + NUM_LEVELS)
+        return super().flops_per_token(context) + 2 * self.router_size * (
+            self.inner_size + self.router.output.out_features
+        )

@@ -1,55 +1,78 @@
-"""Memory-keyed attention: three attentions over three memories, mixed by a learned router.
+"""Memory-keyed attention: three memories, read by one softmax.
 
-                 +-- L1: k, v of the tokens in the window -------- a_1 --+
-    x -- Wq --> q+-- L2: k, v of the session average m ----------- a_2 --+-- sum_l lambda_l a_l -- Wo --> y
-         |       +-- L3: k, v of the K chunks retrieved for q ---- a_3 --+
-         +-- router: lambda_t = softmax(MLP(q_t)) over the levels that exist at t
+                 +-- L1: k, v of the tokens in the window, and of the sinks ---- s_1, a_1 --+
+    x -- Wq --> q+-- L2: k, v of the session average m ------------------------- s_2, a_2 --+-- mix -- Wo --> y
+         |       +-- L3: k, v of the K chunks retrieved for q ------------------ s_3, a_3 --+
+         +-- router: r_t = MLP(q_t), a logit for each level (and head)
 
-    a_l = softmax(q k_l^T / sqrt(D)) v_l, causal inside each level; keys and values of all levels use the same Wk, Wv.
+    s_l = logsumexp(q k_l^T / sqrt(D)), a_l = softmax(q k_l^T / sqrt(D)) v_l, for each head; causal inside each level
+    joint     o_t = sum_l exp(s_l + b_l) a_l / sum_l exp(s_l + b_l)    b_l = r_l - r_1: one softmax over all of them
+    routed    o_t = sum_l lambda_l a_l                                 lambda = softmax(r): given before anyone looked
 
-Source: the original README of "MKA - An Efficient Memorized Key Attention Design"; arXiv 2603.20586.
+Keys and values of all levels use the same Wk, Wv. With b = 0, no L2 and every chunk retrieved, joint is full attention.
+
+Source: the original README of "MKA - An Efficient Memorized Key Attention Design" and arXiv 2603.20586 (routed); the
+merge by log-sum-exps as in MoBA (arXiv 2502.13189); sinks: StreamingLLM (arXiv 2309.17453).
 B rows, T tokens, C hidden size, H query heads, G key/value heads, D = C / H, c chunk size,
 K chunks retrieved, J = T // c, M = 3 levels.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mka.attention.base import Bias
-from mka.attention.grouped import MemoryAttention
-from mka.config import LONGTERM_POSITIONS, LongTermPositions, SessionDecay, check_at_least, unknown_name
+from mka.attention.grouped import MemoryAttention, Watched, silenced
+from mka.config import (
+    LONGTERM_POSITIONS,
+    MIXES,
+    InputError,
+    LongTermPositions,
+    Mix,
+    SessionDecay,
+    check_at_least,
+    unknown_name,
+)
 from mka.memory.entry import Entry
 from mka.memory.local import attend_local, local_entries, token_index
 from mka.memory.longterm import (
-    attend_chunks,
-    attend_records,
+    Chunks,
+    asked_at,
+    attend_held,
     chunk_entries,
     chunk_means,
-    retrieve,
+    last_of_chunks,
     write_chunk_means,
 )
 from mka.memory.router import LOCAL, LONG_TERM, SESSION
-from mka.memory.search import search
+from mka.memory.search import AsRead, retrieve, retrieve_as_read
 from mka.memory.session import attend_slots, slot_columns
 from mka.memory.state import State
+from mka.ops.attend import Read, Window, both, mixed, shares_of, sum_of
 from mka.ops.rotary import RotaryEmbedding
 
 TOKENS, LOCAL_TOKENS, SLOTS = ("k", "v"), ("local_k", "local_v"), ("slot_k", "slot_v")
 """Names of a state's stores, keys and values."""
+MEAN, FAR_MEAN, PLACE = "chunk_mean", "far_mean", "chunk_place"
+"""Of chunks: the mean key as it stands, as it would stand in a chunk at 0, and the position of the first token."""
 
 
 class MemoryKeyedAttention(MemoryAttention):
-    """Local window w, session slots at every `session_stride`-th token, and the K best chunks outside the window.
+    """Local window w with sinks, session slots at every `session_stride`-th token, and the K best chunks before them.
 
     A token reads the latest `session_slots` slots (None: all of them). `session_decay=None` switches the session level
-    off, `top_k=0` or `local_window=None` the long-term level (with no window nothing lies outside it). Retrieval is per
-    token and key/value head: the group's queries, summed, against the mean key of each chunk. With rotary embeddings
-    retrieved keys stand at one distance: the window's edge ("clamped"), or 0 ("none": neither they nor the query are
-    rotated).
+    off, `top_k=0` or `local_window=None` the long-term level (with no window nothing lies outside it). Chunks are
+    retrieved per token and key/value head. `sink_tokens` None: 4, or as many as fit.
+
+    `mix`: "joint", one softmax over all that is read, found by keys as they are read; the window then reaches back to
+    the beginning of a chunk, so that no token is between window and chunks. "routed", the paper's: a softmax for each
+    level, weighed by the router; chunks found by unrotated keys, the group's queries summed.
+
+    With rotary embeddings retrieved keys stand at their own distance, bounded by `max_distance` as that of the sinks is
+    ("true"), at the window's edge ("clamped"), or nowhere ("none": neither they nor the query are rotated).
     Raises ValueError for heads that do not divide and limits of the memory levels.
     """
-
-    index_store = "chunk_mean"
 
     def __init__(
         self,
@@ -57,51 +80,106 @@ class MemoryKeyedAttention(MemoryAttention):
         num_heads: int,
         *,
         num_kv_heads: int | None = None,
+        mix: Mix = "joint",
         local_window: int | None = 128,
+        sink_tokens: int | None = None,
         chunk_size: int = 16,
         top_k: int = 4,
+        longterm_positions: LongTermPositions = "true",
+        max_distance: int | None = None,
         session_decay: SessionDecay = "learned",
         session_stride: int = 16,
         session_slots: int | None = 256,
-        longterm_positions: LongTermPositions = "clamped",
         router_size: int | None = None,
         head_dim: int | None = None,
         bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        if local_window is None:
-            top_k = min(top_k, 0)  # nothing lies outside the window; a negative number still meets its check
-        shared = (chunk_size, top_k, session_decay, router_size, head_dim, bias, rotary)
-        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
-        check_at_least("session_stride", session_stride, 1)
-        check_at_least("session_slots", session_slots, 1)
-        self.session_stride = session_stride
-        self.session_slots = session_slots
+        if mix not in MIXES:
+            raise unknown_name("mix", mix, MIXES)
         if longterm_positions not in LONGTERM_POSITIONS:
             raise unknown_name("longterm_positions", longterm_positions, LONGTERM_POSITIONS)
+        if local_window is None:
+            top_k = min(top_k, 0)  # nothing lies outside the window; a negative number still meets its check
+        shared = (chunk_size, top_k, session_decay, router_size, head_dim, bias, rotary, sink_tokens, max_distance)
+        super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared, mix_by_head=mix == "joint")
+        check_at_least("session_stride", session_stride, 1)
+        check_at_least("session_slots", session_slots, 1)
+        self.is_joint = mix == "joint"
+        least = (local_window or 0) + chunk_size + self.sink_tokens
+        if max_distance is not None and max_distance < least:
+            raise InputError(
+                f"max_distance is {max_distance}; it must be at least local_window, chunk_size and sink_tokens "
+                f"together, {least}"
+            )
+        self.session_stride = session_stride
+        self.session_slots = session_slots
         self.longterm_positions = longterm_positions
 
+    @property
+    def window(self) -> Window | None:
+        window = super().window
+        if window is None or not (self.is_joint and self.top_k):
+            return window
+        return window._replace(chunk=self.chunk_size)
+
+    @property
+    def hidden_sinks(self) -> int:
+        return self.sink_tokens
+
+    @property
+    def stands_apart(self) -> bool:
+        """Whether retrieved keys have distances of their own."""
+        return self.rotary is not None and self.longterm_positions == "true"
+
+    @property
+    def slots_read(self) -> int | None:
+        """The latest slots that a token reads: none of them further away than `max_distance`."""
+        if self.rotary is None or self.max_distance is None:
+            return self.session_slots
+        reachable = max(1, self.max_distance // self.session_stride)
+        return reachable if self.session_slots is None else min(self.session_slots, reachable)
+
     def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
-        """Query, route, three reads, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
+        """Query, three reads, one softmax, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
         q, k, v = self.queries(x), self.keys(x), self.values(x)
-        levels = self.levels_at(token_index(x, state), self.session_stride - 1, state)
-        weights = self.router(q, levels).to(q.dtype)
-        o = weights[..., LOCAL, None, None] * self.read_local(q, k, v, positions, state)
+        t, rotated = token_index(x, state), (self.rotate(q, positions), self.rotate(k, positions))
+        far = self.far_queries(q, positions, t)
+        local = attend_local(*rotated, v, self.window, state, self.local_stores, far=far, lse=self.is_joint)
+        reads = [(LOCAL, local)]
         if self.session is not None:
-            read = self.read_session(q, self.session(x, state).to(x.dtype), positions, state)
-            o = o + weights[..., SESSION, None, None] * read
+            m = self.session(x, state).to(x.dtype)
+            reads.append((SESSION, self.read_session(rotated[0], m, positions, state)))
         if self.top_k:
-            read = self.read_long_term(q, k, v) if state is None else self.read_chunks(q, k, v, state)
-            o = o + weights[..., LONG_TERM, None, None] * read
+            raw = (q, k)
+            reads += [(LONG_TERM, read) for read in self.read_long_term(raw, rotated, v, positions, state)]
+        o = self.joint(q, reads) if self.is_joint else self.routed(q, reads, t, state)
         return self.o_proj(o.flatten(2))
 
-    def read_local(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
-        """a_1 (B, T, H, D)."""
-        q, k = self.rotate(q, positions), self.rotate(k, positions)
-        return attend_local(q, k, v, self.local_window, state, self.local_stores)
+    def joint(self, q: Tensor, reads: list[tuple[int, Read]]) -> Tensor:
+        """o (B, T, H, D): one softmax over all reads, given the level of each."""
+        biases, factor = self.router.biases(q), self.router.session_factor()
+        if self.silent is not None:
+            reads = silenced(reads, self.silent)
+        weights = shares_of(
+            [read for _, read in reads],
+            [None if level == LOCAL else biases[..., level] for level, _ in reads],
+            [factor if level == SESSION else None for level, _ in reads],
+        )
+        if self.watcher is not None:
+            self.watcher(Watched.of([level for level, _ in reads], weights, [read for _, read in reads]))
+        return mixed(weights, [read for _, read in reads])
 
-    def read_session(self, q: Tensor, m: Tensor, positions: Tensor | None, state: State | None) -> Tensor:
-        """a_2 (B, T, H, D). Slot i is the average at token (i + 1) stride - 1, visible from there on; before, zeros."""
+    def routed(self, q: Tensor, reads: list[tuple[int, Read]], t: Tensor, state: State | None) -> Tensor:
+        """o (B, T, H, D): the reads weighed; two of one level are one softmax."""
+        weights = self.weights_at(q, t, self.session_stride - 1, state).to(q.dtype)
+        levels = {level: [read for each, read in reads if each == level] for level, _ in reads}
+        parts = {level: (both(*found) if len(found) > 1 else found[0]).values for level, found in levels.items()}
+        return sum_of([weights[..., level, None, None] * values for level, values in parts.items()])
+
+    def read_session(self, q: Tensor, m: Tensor, positions: Tensor | None, state: State | None) -> Read:
+        """a_2 (B, T, H, D) of rotated queries q. Slot i is the average at token (i + 1) stride - 1, visible from there
+        on; before, nothing."""
         stride, first = self.session_stride, self.session_stride - 1
         if state is None:
             k, v = self.slots(m[:, first::stride], None if positions is None else positions[..., first::stride])
@@ -110,36 +188,112 @@ class MemoryKeyedAttention(MemoryAttention):
             rows = torch.arange(m.shape[0], device=m.device)[:, None]
             places = None if positions is None else positions.expand(m.shape[:2])[rows, columns]
             k, v = self.slots(m[rows, columns], places)
-        return attend_slots(self.rotate(q, positions), k, v, stride, self.session_slots, state, SLOTS)
+        return attend_slots(q, k, v, stride, self.slots_read, state, SLOTS, lse=self.is_joint)
 
     def slots(self, m: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """k and v (B, N, G, D) of averages m (B, N, C)."""
         return self.rotate(self.keys(m), positions), self.values(m)
 
-    def read_long_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """a_3 (B, T, H, D); zeros before the first token that has a candidate.
+    def read_long_term(
+        self,
+        raw: tuple[Tensor, Tensor],
+        rotated: tuple[Tensor, Tensor],
+        v: Tensor,
+        positions: Tensor | None,
+        state: State | None,
+    ) -> list[Read]:
+        """a_3 (B, T, H, D) of queries (B, T, H, D) and keys (B, T, G, D), as projected and as rotated.
 
-        Every retrieved key stands at the same distance.
+        Nothing where no token has a candidate; two reads where some chunks are read at their distance, others at
+        `max_distance`.
         """
-        if not self.num_candidates(q.shape[1]):
-            return torch.zeros_like(q)
-        retrieved = retrieve(self.index_queries(q), chunk_means(k, self.chunk_size), **self.limits._asdict())
-        return attend_chunks(self.at_edge(q), k, v, retrieved, self.chunk_size)
+        q, k = rotated if self.stands_apart else (self.at_edge(raw[0]), raw[1])
+        chunks = self.chunks(k, v, k if self.is_joint else raw[1], positions, state)
+        if chunks is None:
+            return []
+        is_near = self.near(positions, chunks)
+        q_far = q if is_near is None else self.rotate(raw[0], self.farthest(q))
+        asked, limits = asked_at(v, state), self.limits(state)
+        if self.is_joint:
+            far = None if is_near is None or chunks.far_means is None else AsRead(q_far, chunks.far_means)
+            retrieved = retrieve_as_read(AsRead(q, chunks.means), far, is_near, limits, asked)
+        else:
+            retrieved = retrieve(self.index_queries(raw[0]), chunks.means, limits, asked)
+        self.watched(retrieved)
+        read = partial(attend_held, chunk_size=self.chunk_size, sinks=self.hidden_sinks, lse=self.is_joint)
+        if is_near is None or chunks.places is None:
+            return [read(q, chunks, retrieved)]
+        near, far = retrieved.split(is_near.expand(len(v), -1, -1))
+        back = -chunks.places.expand(len(v), -1)
 
-    def read_chunks(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
-        """a_3 with the chunks of the state."""
-        if self.local_stores != TOKENS:
-            for name, x in zip(TOKENS, (k, v), strict=True):
-                state.write(name, x)
-        self.write_index(write_chunk_means(k, self.chunk_size, state), state)
+        def turn(k: Tensor, row: Tensor, chunk: Tensor) -> Tensor:
+            return self.turned(k.unsqueeze(2), back[row, chunk].unsqueeze(1)).squeeze(2)
+
+        return [read(q, chunks, near, lse=True), read(q_far, chunks, far, turn=turn, lse=True)]
+
+    def chunks(
+        self, k: Tensor, v: Tensor, found_by: Tensor, positions: Tensor | None, state: State | None
+    ) -> Chunks | None:
+        """The chunks that tokens can retrieve, those that k and v (B, T, G, D) complete included; None: no token can.
+
+        found_by (B, T, G, D): the keys of which chunks are found by the mean.
+        """
+        if state is None:
+            if not self.num_candidates(v.shape[1]):
+                return None
+            means = chunk_means(found_by, self.chunk_size, self.sink_tokens).to(k.dtype)
+            places = self.places(v, positions, None)
+            far_means = None if places is None else self.turned(means, -places)
+            return Chunks(k, v, means, far_means, places)
+        self.write_chunks(k, v, found_by, positions, state)
         if not self.can_retrieve(state):
-            return torch.zeros_like(q)
-        retrieved = search(self.index_queries(q), state, self.index_store, token_index(q, state), self.limits)
-        if state.is_apart(TOKENS[0]):
-            keys, values = (state.records(name) for name in TOKENS)
-            return attend_records(self.at_edge(q), keys, values, retrieved, self.chunk_size)
-        k, v = (state.all(name) for name in TOKENS)
-        return attend_chunks(self.at_edge(q), k, v, retrieved, self.chunk_size)
+            return None
+        keys, values = (state.records(x) if state.is_apart(x) else state.all(x) for x in TOKENS)
+        if not self.stands_apart:
+            return Chunks(keys, values, state.all(MEAN), banked=state.banked)
+        places = state.all(PLACE).squeeze(2)
+        return Chunks(keys, values, state.all(MEAN), state.all(FAR_MEAN), places, state.banked)
+
+    def write_chunks(self, k: Tensor, v: Tensor, found_by: Tensor, positions: Tensor | None, state: State) -> None:
+        """Add what this call brings to the state: tokens, and what is known of the chunks that they complete."""
+        for name, x in zip(TOKENS, (k, v), strict=True):
+            state.write(name, x)
+        fresh = write_chunk_means(found_by, self.chunk_size, state, self.sink_tokens)
+        places = self.places(v, positions, state)
+        if places is not None:
+            state.write(PLACE, places.expand(len(v), -1).unsqueeze(2))
+            state.write(FAR_MEAN, self.turned(fresh.to(k.dtype), -places))
+
+    def places(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor | None:
+        """(B or 1, N): where the chunks that x (B, T, ...) completes begin; None: they have no positions."""
+        if not self.stands_apart or positions is None:
+            return None
+        positions = positions.expand(x.shape[:2]) if positions.dim() == 2 else positions[None]
+        if state is None:
+            last = positions[:, self.chunk_size - 1 :: self.chunk_size]
+        else:
+            columns = last_of_chunks(x, self.chunk_size, state)
+            last = positions.expand(x.shape[:2]).gather(1, columns.expand(len(x), -1))
+        return last - (self.chunk_size - 1)
+
+    def turned(self, x: Tensor, by: Tensor) -> Tensor:
+        """x (B, N, G, D), rotated already, as it would be `by` (B or 1, N) positions on."""
+        return x if self.rotary is None else self.rotary.turn(x, by)
+
+    def near(self, positions: Tensor | None, chunks: Chunks) -> Tensor | None:
+        """(B or 1, T, J) bool: the chunks that a token reads at their own distance; None: all of them."""
+        places, limit = chunks.places, self.max_distance
+        if places is None or positions is None or (limit is None and not chunks.banked):
+            return None
+        t = positions if positions.dim() == 2 else positions[None]
+        is_near = torch.arange(places.shape[1], device=places.device) >= chunks.banked
+        distance = t.unsqueeze(2) - places.unsqueeze(1)
+        is_near = is_near & (distance <= (distance if limit is None else limit))
+        return None if bool(is_near.all()) else is_near
+
+    def farthest(self, x: Tensor) -> Tensor:
+        """(1,): the distance at which chunks begin that are further away than any may be."""
+        return torch.tensor([self.max_distance or (self.local_window or 0) + self.chunk_size - 1], device=x.device)
 
     def index_queries(self, q: Tensor) -> Tensor:
         """(B, T, G, D): the queries of each group, summed, before any rotary embedding."""
@@ -153,20 +307,24 @@ class MemoryKeyedAttention(MemoryAttention):
 
     @property
     def local_stores(self) -> tuple[str, str]:
-        """Where a state keeps the window: with the long-term tokens, unless those are needed without their rotation."""
-        return LOCAL_TOKENS if self.top_k and self.rotary is not None else TOKENS
+        """Where a state keeps the window: where all tokens are kept for the long-term level, apart from them."""
+        return LOCAL_TOKENS if self.top_k else TOKENS
 
     def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
-        """k and v of the tokens (of all of them with L3), the session slots, m, chunk summaries and the open one."""
+        """k and v of the window and sinks (of all tokens with L3), the session slots, m, what chunks are found by."""
         heads = (self.num_kv_heads, self.head_dim)
-        entries = local_entries(self.local_stores, heads, dtype, self.local_window)
+        entries = local_entries(self.local_stores, heads, dtype, self.window)
         if self.session is not None:
             entries |= self.session.entries(self.hidden_size, dtype)
-            slot = Entry(heads, dtype, every=self.session_stride, latest=self.session_slots)
+            slot = Entry(heads, dtype, every=self.session_stride, latest=self.slots_read)
             entries |= dict.fromkeys(SLOTS, slot)
         if self.top_k:
             entries |= dict.fromkeys(TOKENS, Entry(heads, dtype, block=self.chunk_size))
             entries |= chunk_entries(heads, dtype, self.chunk_size)
+            entries[MEAN] = Entry(heads, dtype, every=self.chunk_size)
+            if self.stands_apart:
+                entries[FAR_MEAN] = entries[MEAN]
+                entries[PLACE] = Entry((1,), torch.int64, every=self.chunk_size)
         return entries
 
     def flops_per_token(self, context: int) -> int:
@@ -175,6 +333,7 @@ class MemoryKeyedAttention(MemoryAttention):
         flops = super().flops_per_token(context)
         if self.session is not None:
             slots, fresh = divmod(context, self.session_stride)
-            slots = slots if self.session_slots is None else min(slots, self.session_slots)
+            slots = slots if self.slots_read is None else min(slots, self.slots_read)
             flops += 4 * inner * slots + 4 * c * kv * (fresh == 0)
-        return flops + 2 * kv * candidates + 4 * inner * self.chunk_size * min(self.top_k, candidates)
+        scored = inner if self.is_joint else kv
+        return flops + 2 * scored * candidates + 4 * inner * self.chunk_size * min(self.top_k, candidates)

@@ -16,7 +16,7 @@ from torch.nn.modules import module
 from mka.attention.base import Bias, CausalAttention, normalise
 from mka.config import InputError, check_at_least
 from mka.memory.entry import Entry
-from mka.memory.local import attend_local
+from mka.memory.local import attend_local, local_entries
 from mka.memory.state import State
 from mka.ops.rotary import RotaryEmbedding
 
@@ -44,11 +44,12 @@ class MultiHeadLatentAttention(CausalAttention):
         q_lora_rank: int | None = None,
         qk_rope_head_dim: int = 0,
         local_window: int | None = None,
+        sink_tokens: int | None = None,
         head_dim: int | None = None,
         bias: Bias = False,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_heads, local_window, head_dim, bias, rotary)
+        super().__init__(hidden_size, num_heads, num_heads, local_window, head_dim, bias, rotary, sink_tokens)
         check_at_least("kv_lora_rank", kv_lora_rank, 1)
         check_at_least("q_lora_rank", q_lora_rank, 1)
         if qk_rope_head_dim != (rotary.head_dim if rotary else 0):
@@ -79,12 +80,12 @@ class MultiHeadLatentAttention(CausalAttention):
         if state is None or state.is_fresh:
             if state is not None:
                 state.write("latent", joined(z, k_rope))
-            o = attend_local(q, *self.expanded(joined(z, k_rope)), self.local_window)
+            o = attend_local(q, *self.expanded(joined(z, k_rope)), self.window).values
         elif is_plain(self.k_up_proj) and is_plain(self.v_up_proj):
             o = self.absorbed(q, z, k_rope, state)
         else:
             latent = joined(z, k_rope)
-            o = attend_local(q, latent, latent, self.local_window, state, LATENT, expand=self.expanded)
+            o = attend_local(q, latent, latent, self.window, state, LATENT, expand=self.expanded).values
         return self.o_proj(o.flatten(2))
 
     def expanded(self, latent: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +105,7 @@ class MultiHeadLatentAttention(CausalAttention):
         w_uk, w_uv = (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.k_up_proj, self.v_up_proj))
         q = cat([einsum("bthd,hdr->bthr", q[..., : self.head_dim], w_uk), q[..., self.head_dim :]], dim=-1)
         latent, scale = joined(z, k_rope), (self.head_dim + self.qk_rope_head_dim) ** -0.5
-        read = attend_local(q, latent, latent, self.local_window, state, LATENT, scale)
+        read = attend_local(q, latent, latent, self.window, state, LATENT, scale).values
         o = einsum("bthr,hdr->bthd", read[..., : self.kv_lora_rank], w_uv)
         return o if self.v_up_proj.bias is None else o + self.v_up_proj.bias.unflatten(0, (self.num_heads, -1))
 
@@ -132,9 +133,8 @@ class MultiHeadLatentAttention(CausalAttention):
         return self.linear_parameters(*shapes) + r + (q_rank or 0)
 
     def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
-        """z and the shared rotary key of the tokens in the window, side by side."""
-        width = self.kv_lora_rank + self.qk_rope_head_dim
-        return {"latent": Entry((1, width), dtype, latest=self.local_window)}
+        """z and the shared rotary key of the tokens in the window and of the sinks, side by side."""
+        return local_entries(LATENT, (1, self.kv_lora_rank + self.qk_rope_head_dim), dtype, self.window)
 
     def flops_per_token(self, context: int) -> int:
         c, r, rope, q_rank = self.hidden_size, self.kv_lora_rank, self.qk_rope_head_dim, self.q_lora_rank

@@ -2,7 +2,7 @@
 
 `naive(attn, x, positions, valid)` gives what `attn(x, positions, valid)[0]` must give. A row's padding is dropped
 before anything else happens. Each twin is a loop that takes one token, adds it to the lists that a cache would hold,
-and reads from those lists alone; `attend` is one query against a list of keys.
+and reads from those lists alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,12 +37,17 @@ def twin_of(attn: CausalAttention) -> Callable[..., Iterator[Tensor]]:
     raise ValueError(f"{type(attn).__name__} has no naive twin; twins: {', '.join(kind.__name__ for kind in TWINS)}")
 
 
-def attend(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-    """One query (H, D) against lists of (G, D): softmax(q k / sqrt(D)) v, (H, D)."""
-    k, v = torch.stack(keys, dim=1), torch.stack(values, dim=1)
-    grouped = q.unflatten(0, (k.shape[0], -1))
-    weights = (grouped @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
-    return (weights @ v).flatten(0, 1)
+def all_scores(q: Tensor, keys: list[Tensor]) -> Tensor:
+    """One query (H, D) against a list of (G, D): q k / sqrt(D), (H, N)."""
+    k = torch.stack(keys, dim=1)
+    return (q.unflatten(0, (k.shape[0], -1)) @ k.mT / q.shape[-1] ** 0.5).flatten(0, 1)
+
+
+def weighed(scores: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """softmax(scores) v of scores (H, N), values (G, D): (H, D), and log-sum-exps (H,); zeros where all are -inf."""
+    v = torch.stack(values, dim=1)
+    weights = scores.softmax(-1) if scores.isfinite().any() else torch.zeros_like(scores)
+    return (weights.unflatten(0, (v.shape[0], -1)) @ v).flatten(0, 1), scores.logsumexp(-1)
 
 
 def place(rotary: RotaryEmbedding | None, x: Tensor, position: Tensor | int) -> Tensor:
@@ -55,11 +60,12 @@ def place(rotary: RotaryEmbedding | None, x: Tensor, position: Tensor | int) -> 
 def naive_gqa(attn: GroupedQueryAttention, x: Tensor, positions: Tensor) -> Iterator[Tensor]:
     keys, values = [], []
     for x_t, position in zip(x, positions, strict=True):
-        q = place(attn.rotary, attn.queries(x_t), position)
         keys.append(place(attn.rotary, attn.keys(x_t), position))
         values.append(attn.values(x_t))
-        first = window_start(attn, len(keys))
-        yield attn.o_proj(attend(q, keys[first:], values[first:]).flatten())
+        t = len(keys) - 1
+        seen = window_tokens(attn, t)
+        scores = local_scores(attn, attn.queries(x_t), position, keys, seen, t)
+        yield attn.o_proj(weighed(scores, [values[s] for s in seen])[0].flatten())
 
 
 def naive_mla(attn: MultiHeadLatentAttention, x: Tensor, positions: Tensor) -> Iterator[Tensor]:
@@ -73,8 +79,8 @@ def naive_mla(attn: MultiHeadLatentAttention, x: Tensor, positions: Tensor) -> I
         z_t, k_rope = attn.latent(x_t, position.reshape(1))
         latents.append(z_t[0, 0])
         rope_keys.append(q_rope[0] if k_rope is None else k_rope[0, 0, 0])
-        first = window_start(attn, len(latents))
-        z, rope = torch.stack(latents[first:]), torch.stack(rope_keys[first:])
+        seen = window_tokens(attn, len(latents) - 1)
+        z, rope = torch.stack([latents[s] for s in seen]), torch.stack([rope_keys[s] for s in seen])
         scores = (q_nope.unsqueeze(1) @ w_uk).squeeze(1) @ z.T + q_rope @ rope.T
         if attn.bias:
             scores = scores + (q_nope * attn.k_up_proj.bias.unflatten(0, (attn.num_heads, -1))).sum(-1, keepdim=True)
@@ -84,49 +90,109 @@ def naive_mla(attn: MultiHeadLatentAttention, x: Tensor, positions: Tensor) -> I
 
 
 def naive_mka(attn: MemoryKeyedAttention, x: Tensor, positions: Tensor) -> Iterator[Tensor]:
-    placed, raw, values, slots, slot_values, summaries = [], [], [], [], [], []
+    placed, raw, values, slots, slot_values, places = [], [], [], [], [], []
     session = Session(attn)
     for t, (x_t, position) in enumerate(zip(x, positions, strict=True)):
         q = attn.queries(x_t)
         raw.append(attn.keys(x_t))
         placed.append(place(attn.rotary, raw[-1], position))
         values.append(attn.values(x_t))
+        places.append(position)
         m = session.add(x_t)
         if m is not None and (t + 1) % attn.session_stride == 0:
             slots.append(place(attn.rotary, attn.keys(m), position))
             slot_values.append(attn.values(m))
-        if (t + 1) % attn.chunk_size == 0:
-            summaries.append(torch.stack(raw[-attn.chunk_size :]).mean(0))
-        first = window_start(attn, t + 1)
-        query = place(attn.rotary, q, position)
-        reads = [attend(query, placed[first:], values[first:])]
-        if attn.session_slots is not None:
-            del slots[: -attn.session_slots], slot_values[: -attn.session_slots]
-        reads.append(attend(query, slots, slot_values) if slots else torch.zeros_like(q))
-        candidates = attn.num_candidates(t + 1)
-        reads.append(read_chunks(attn, q, raw, values, summaries[:candidates]))
-        mix = route(attn, q, [True, bool(slots), candidates > 0])
-        yield attn.o_proj((mix[:, None, None] * torch.stack(reads)).sum(0).flatten())
+        if attn.slots_read is not None:
+            del slots[: -attn.slots_read], slot_values[: -attn.slots_read]
+        seen = window_tokens(attn, t)
+        local = weighed(local_scores(attn, q, position, placed, seen, t), [values[s] for s in seen])
+        scores = all_scores(place(attn.rotary, q, position), slots) if slots else q.new_full((len(q), 1), -torch.inf)
+        levels = [local, weighed(scores, slot_values or [torch.zeros_like(values[0])])]
+        levels.append(read_chunks(attn, q, t, raw, values, places))
+        yield attn.o_proj(mixed(attn, q, levels).flatten())
+
+
+def mixed(attn: MemoryKeyedAttention, q: Tensor, levels: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """One softmax over the levels, of what each has read (H, D) and its log-sum-exps (H,); or the router's weights."""
+    reads, sums = (torch.stack(parts) for parts in zip(*levels, strict=True))
+    exists = sums[:, 0] > -torch.inf
+    if not attn.is_joint:
+        return (route(attn, q, exists.tolist())[:, None, None] * reads).sum(0)
+    logits = attn.router.output(torch.nn.functional.silu(attn.router.hidden(q.flatten()))).view(-1, 3).T  # (M, H)
+    share = torch.stack([torch.ones(()), attn.router.gate.clamp(min=0).cpu(), torch.ones(())]).to(reads)
+    weights = (sums + logits - logits[0]).softmax(0) * share[:, None]
+    return ((weights / weights.sum(0)).unsqueeze(-1) * reads).sum(0)
+
+
+def local_scores(
+    attn: CausalAttention, q: Tensor, position: Tensor, keys: list[Tensor], seen: list[int], t: int
+) -> Tensor:
+    """(H, N): one query (H, D) against rotated keys (G, D); sinks stand no further away than `max_distance`."""
+    scores = all_scores(place(attn.rotary, q, position), [keys[s] for s in seen])
+    limit = attn.max_distance
+    if attn.rotary is None or limit is None or t <= limit:
+        return scores
+    bounded = all_scores(place(attn.rotary, q, position - t + limit), [keys[s] for s in seen])
+    is_sink = torch.tensor([s < attn.sink_tokens for s in seen])
+    return torch.where(is_sink, bounded, scores)
 
 
 def read_chunks(
-    attn: MemoryKeyedAttention, q: Tensor, keys: list[Tensor], values: list[Tensor], summaries: list[Tensor]
-) -> Tensor:
-    """One query over the tokens of the chunks its groups choose, all at one distance."""
-    if not summaries:
-        return torch.zeros_like(q)
-    queries = q.unflatten(0, (attn.num_kv_heads, -1))
-    distance = 0 if attn.longterm_positions == "none" else attn.local_window or 0
-    at_edge = place(attn.rotary, q, distance).unflatten(0, (attn.num_kv_heads, -1))
-    reads = []
-    for group in range(attn.num_kv_heads):
-        scores = (torch.stack([s[group] for s in summaries]) @ queries[group].sum(0)[:, None]).squeeze(1)
-        chosen = best(scores, attn.top_k)
-        tokens = [t for j in chosen for t in range(j * attn.chunk_size, (j + 1) * attn.chunk_size)]
-        reads.append(
-            attend(at_edge[group], [keys[t][group, None] for t in tokens], [values[t][group, None] for t in tokens])
+    attn: MemoryKeyedAttention,
+    q: Tensor,
+    t: int,
+    keys: list[Tensor],
+    values: list[Tensor],
+    places: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """What one query (H, D) reads in the chunks that its groups choose, and its log-sum-exps.
+
+    keys are not rotated. Each query meets each key on its own, at the distance that the two have.
+    """
+    size, sinks, width = attn.chunk_size, attn.sink_tokens, q.shape[-1] ** 0.5
+    nothing = torch.zeros_like(q), q.new_full((len(q),), -torch.inf)
+    candidates = [
+        [s for s in range(j * size, (j + 1) * size) if s >= sinks]
+        for j in range(max(0, (t + 1 - (attn.local_window or 0)) // size) if attn.top_k else 0)
+    ]
+    candidates = [tokens for tokens in candidates if tokens]
+    if not candidates:
+        return nothing
+
+    def as_read(tokens: list[int]) -> tuple[Tensor, Tensor]:
+        """The query, and the keys (N, G, D) of a chunk, as they meet."""
+        if attn.rotary is None or attn.longterm_positions == "none":
+            return q, torch.stack([keys[s] for s in tokens])
+        if attn.longterm_positions == "clamped":
+            return place(attn.rotary, q, attn.local_window or 0), torch.stack([keys[s] for s in tokens])
+        start = places[(tokens[0] // size + 1) * size - 1] - (size - 1)
+        limit = attn.max_distance
+        distance = places[t] - start if limit is None else min(places[t] - start, torch.tensor(limit))
+        return place(attn.rotary, q, distance), torch.stack(
+            [place(attn.rotary, keys[s], places[s] - start) for s in tokens]
         )
-    return torch.cat(reads)
+
+    grouped = (attn.num_kv_heads, -1)
+    reads, sums = [], []
+    for group in range(attn.num_kv_heads):
+        scores = []
+        for tokens in candidates:
+            if attn.is_joint:
+                query, met = as_read(tokens)
+                scores.append(query.unflatten(0, grouped)[group] @ met.mean(0)[group] / width)
+            else:
+                mean = torch.stack([keys[s][group] for s in tokens]).mean(0)
+                scores.append((q.unflatten(0, grouped)[group].sum(0) @ mean)[None])
+        scores = torch.stack(scores, dim=1)  # (heads, J)
+        chosen = best(scores.softmax(1).sum(0) if attn.is_joint else scores[0], attn.top_k)
+        tokens = [s for j in chosen for s in candidates[j]]
+        met = [as_read(candidates[j]) for j in chosen]
+        found = torch.cat(
+            [query.unflatten(0, grouped)[group] @ key[:, group].T / width for query, key in met], dim=1
+        )  # (heads, N)
+        sums.append(found.logsumexp(1))
+        reads.append(found.softmax(1) @ torch.stack([values[s][group] for s in tokens]))
+    return torch.cat(reads), torch.cat(sums)
 
 
 def naive_fmka(attn: FastMemoryKeyedAttention, x: Tensor, positions: Tensor) -> Iterator[Tensor]:
@@ -149,8 +215,9 @@ def naive_fmka(attn: FastMemoryKeyedAttention, x: Tensor, positions: Tensor) -> 
         f = mix[0] * x_t + mix[1] * (x_t * 0 if m is None else m) + mix[2] * r
         keys.append(place(attn.rotary, attn.keys(f), position))
         values.append(attn.values(f))
-        first = window_start(attn, t + 1)
-        yield attn.o_proj(attend(place(attn.rotary, q, position), keys[first:], values[first:]).flatten())
+        seen = window_tokens(attn, t)
+        read, _ = weighed(local_scores(attn, q, position, keys, seen, t), [values[s] for s in seen])
+        yield attn.o_proj(read.flatten())
 
 
 class Session:
@@ -182,8 +249,14 @@ def best(scores: Tensor, top_k: int) -> list[int]:
     return sorted(range(len(scores)), key=lambda j: (-scores[j].item(), j))[:top_k]
 
 
-def window_start(attn: CausalAttention, tokens: int) -> int:
-    return 0 if attn.local_window is None else max(0, tokens - attn.local_window)
+def window_tokens(attn: CausalAttention, t: int) -> list[int]:
+    """The tokens that t sees in L1: its window, and the sinks before it."""
+    if attn.local_window is None:
+        return list(range(t + 1))
+    first = t + 1 - attn.local_window
+    if isinstance(attn, MemoryKeyedAttention) and attn.is_joint and attn.top_k:
+        first = first // attn.chunk_size * attn.chunk_size  # back to the beginning of a chunk
+    return [s for s in range(t + 1) if s >= first or s < attn.sink_tokens]
 
 
 TWINS: dict[type[CausalAttention], Callable[..., Iterator[Tensor]]] = {

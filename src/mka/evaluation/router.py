@@ -1,35 +1,33 @@
 """What the router of mka and fmka does with its levels: where it looks, which it needs, how far back they reach.
 
-shares      mean lambda of each level, by layer and by position, over the tokens at which more than one level exists
-entropy     of lambda, 1: an even mix of the levels that exist, 0: one level alone
+shares      mean weight of each level, by layer, by head and by position, over the tokens at which more than one level
+            exists: the router's lambda, or of joint mka the attention mass that a level has in the one softmax
+entropy     of the mean weights of the heads, 1: an even mix of the levels that exist, 0: one level alone
 distance    tokens from a query back to the end of the chunks that it retrieves
 constants   -1 / ln(a) of the learned session averages, in tokens
-knock-out   the loss with a level taken away (the router divides its share among the others), minus the whole model's
+knock-out   the loss with a level taken away (its share is divided among the others), minus the whole model's
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.hooks import RemovableHandle
 
-from mka.attention.fmka import FastMemoryKeyedAttention
-from mka.attention.grouped import MemoryAttention
-from mka.attention.mka import MemoryKeyedAttention
+from mka.attention.grouped import MemoryAttention, Watched
 from mka.commands import RouterConfig
-from mka.config import InputError, LongTermConfig
+from mka.config import InputError
 from mka.evaluation.text import chosen_documents, edges, shown
 from mka.loading import load
-from mka.memory.router import LOCAL
-from mka.memory.search import search
-from mka.models import CACHE_ARGUMENT, mechanisms, memory_cache, states
+from mka.memory.search import Retrieved
+from mka.models import mechanisms
 from mka.observations import COLLAPSED
 from mka.statistics import ratio, verdict
 from mka.storage import write_atomically
@@ -39,11 +37,17 @@ LEVELS = ("L1", "L2", "L3")
 
 
 class Seen(NamedTuple):
-    """Of one layer: lambda and the levels that exist (B, T, M), tokens back to each chunk that was retrieved (N,)."""
+    """Of one layer: the weight of each level for each head (B, T, H or 1, M), the levels that exist (B, T, M), tokens
+    back to each chunk that was retrieved (N,)."""
 
-    weights: Tensor
+    by_head: Tensor
     exists: Tensor
     distance: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """(B, T, M): the mean of the heads."""
+        return self.by_head.mean(2)
 
 
 def score_router(config: RouterConfig, say: Say) -> None:
@@ -67,6 +71,8 @@ def score_router(config: RouterConfig, say: Say) -> None:
         mixed = row["entropy"]
         shown = "no choice" if mixed is None else f"{mixed:.3f}"
         say(f"{number:<10} {levels(row['shares'])} {shown:>9}   {far:<26}   {slow}")
+        if len(row["by_head"]) > 1:
+            say("  by head  " + "   ".join(levels(head).strip() for head in row["by_head"]))
         if mixed is not None and mixed < COLLAPSED:
             say(f"warning: layer {number} has collapsed onto {LEVELS[int(np.argmax(row['shares']))]}")
     say(f"{'positions':<10} {'L1':>6} {'L2':>6} {'L3':>6}   mean of the layers")
@@ -134,40 +140,19 @@ def text_rows(documents: list[str], tokenizer: Any, config: RouterConfig) -> Ten
 @torch.no_grad()
 def observe(model: Any, layers: list[MemoryAttention], ids: Tensor) -> list[Seen]:
     """What each layer's router and search do while the model reads (B, T) tokens."""
-    routed: dict[int, tuple[Tensor, Tensor]] = {}
-    queries: dict[int, Tensor] = {}
+    found: list[list[Any]] = [[torch.empty(0), torch.empty(0), torch.empty(0)] for _ in layers]
 
-    def note(number: int, attn: MemoryAttention, add: Callable[[Any], None]) -> None:
-        def router(_module: Any, inputs: tuple[Tensor, Tensor], weights: Tensor) -> None:
-            routed[number] = weights.float().cpu(), inputs[1].expand(weights.shape).cpu()
+    def note(number: int, attn: MemoryAttention, what: Watched | Retrieved) -> None:
+        if isinstance(what, Watched):
+            found[number][:2] = what.weights.float().cpu(), what.exists.cpu()
+            return
+        t = torch.arange(what.chunk.shape[1], device=what.chunk.device)
+        back = t.view(-1, 1, 1) - ((what.chunk + 1) * attn.chunk_size - 1)
+        found[number][2] = back[what.found].float().cpu()
 
-        add(attn.router.register_forward_hook(router))
-        if attn.top_k:
-            add(watch_queries(attn, lambda q: queries.update({number: q})))
-
-    with hooks() as add:
-        for number, attn in enumerate(layers):
-            note(number, attn, add)
-        cache = memory_cache(model, LongTermConfig())
-        model(ids.to(model.device), use_cache=True, **{CACHE_ARGUMENT: cache})
-    found = []
-    for number, (attn, state) in enumerate(zip(layers, states(cache), strict=True)):
-        distance = torch.empty(0)
-        if number in queries:  # a row within the window is never searched
-            t = torch.arange(ids.shape[1], device=queries[number].device)
-            chosen = search(queries[number], state, attn.index_store, t[None], attn.limits)
-            back = t.view(-1, 1, 1) - ((chosen.chunk + 1) * attn.chunk_size - 1)
-            distance = back[chosen.found].float().cpu()
-        found.append(Seen(*routed[number], distance))
-    return found
-
-
-def watch_queries(attn: MemoryAttention, keep: Callable[[Tensor], None]) -> RemovableHandle:
-    """Have `keep` called with the queries (B, T, G, E) by which `attn` searches its chunks; the hook can be removed."""
-    if isinstance(attn, FastMemoryKeyedAttention):
-        return attn.index_q_proj.register_forward_hook(lambda _module, _inputs, u: keep(u.unsqueeze(2)))
-    index_queries = cast(MemoryKeyedAttention, attn).index_queries  # of what its router is given
-    return attn.router.register_forward_hook(lambda _module, inputs, _weights: keep(index_queries(inputs[0])))
+    with changed(layers, "watcher", [partial(note, number, attn) for number, attn in enumerate(layers)]):
+        model(ids.to(model.device), use_cache=False)
+    return [Seen(*each) for each in found]
 
 
 def layer_row(attn: MemoryAttention, seen: Seen) -> dict[str, Any]:
@@ -187,6 +172,7 @@ def layer_row(attn: MemoryAttention, seen: Seen) -> dict[str, Any]:
         "distance": quantiles(seen.distance, 0.5, 0.9),
         "time_constants": quantiles(constants, 0.1, 0.5, 0.9),
         "by_position": by_position,
+        "by_head": [mean_shares(seen.by_head[:, :, head], choice) for head in range(seen.by_head.shape[2])],
     }
 
 
@@ -212,25 +198,11 @@ def knock_out(model: Any, layers: list[MemoryAttention], batches: Any, say: Say)
     """The loss without each level, row by row against the whole model's."""
     whole, found = row_losses(model, batches), {}
     for level, name in enumerate(LEVELS):
-
-        def take_away(_module: Any, inputs: tuple[Tensor, Tensor], level: int = level) -> tuple[Tensor, Tensor]:
-            return without(level, *inputs)
-
-        with hooks() as add:
-            for attn in layers:
-                add(attn.router.register_forward_pre_hook(take_away))
+        with changed(layers, "silent", [level] * len(layers)):
             difference = ratio(row_losses(model, batches) - whole, np.ones(len(whole)))
         say(f"without {name}: {shown(difference, signed=True)}  nats per token, {verdict(difference)}")
         found[name] = difference.record()
     return found
-
-
-def without(level: int, q: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-    """A token that has this level alone keeps it."""
-    kept = exists.clone()
-    kept[..., level] = False
-    kept[..., LOCAL] |= ~kept.any(-1)
-    return q, kept
 
 
 def row_losses(model: Any, batches: Any) -> np.ndarray:
@@ -244,11 +216,12 @@ def row_losses(model: Any, batches: Any) -> np.ndarray:
 
 
 @contextmanager
-def hooks() -> Iterator[Callable[[Any], None]]:
-    """Hooks that are given to it are removed at the end."""
-    handles: list[Any] = []
+def changed(layers: Sequence[MemoryAttention], name: str, values: Sequence[Any]) -> Iterator[None]:
+    """Inside, this attribute of each layer has another value."""
     try:
-        yield handles.append
+        for attn, value in zip(layers, values, strict=True):
+            setattr(attn, name, value)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for attn in layers:
+            setattr(attn, name, None)

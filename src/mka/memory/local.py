@@ -1,16 +1,28 @@
-"""L1, the local level: the tokens themselves, within the window; from this call, and from a state before it."""
+"""L1, the local level: the tokens themselves, within the window, and the sinks; from this call, and from a state."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
+from mka.config import InputError
 from mka.memory.entry import Entry
 from mka.memory.state import State
-from mka.ops.attend import MIN_BLOCK, attend_all, attend_at, attend_causal, attention_weights
+from mka.ops.attend import (
+    MIN_BLOCK,
+    Read,
+    Window,
+    attend_all,
+    attend_at,
+    attend_causal,
+    attend_window,
+    attention_weights,
+    both,
+)
 
+Expand = Callable[[Tensor], tuple[Tensor, Tensor]]
 SHOWN: ContextVar[list[Tensor] | None] = ContextVar("shown", default=None)
 """Where `attend_local` leaves its weights; None: nobody asked."""
 
@@ -41,71 +53,128 @@ def token_index(x: Tensor, state: State | None) -> Tensor:
 
 
 def local_entries(
-    names: tuple[str, str], shape: tuple[int, ...], dtype: torch.dtype, window: int | None
+    names: tuple[str, str], shape: tuple[int, ...], dtype: torch.dtype, window: Window | None
 ) -> dict[str, Entry]:
-    """The stores that `attend_local` reads."""
-    return {name: Entry(shape, dtype, latest=window) for name in names}
+    """The stores that `attend_local` reads: the tokens of the window, and the sinks before them."""
+    if window is None:
+        return {name: Entry(shape, dtype) for name in names}
+    return {name: Entry(shape, dtype, latest=window.reach, first=window.sinks) for name in names}
 
 
 def attend_local(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window: int | None,
+    window: Window | None,
     state: State | None = None,
     names: tuple[str, str] = ("k", "v"),
     scale: float | None = None,
-    expand: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
-) -> Tensor:
-    """Causal attention over the latest `window` tokens (None: all), those of the state included.
+    expand: Expand | None = None,
+    *,
+    far: Tensor | None = None,
+    lse: bool = False,
+) -> Read:
+    """Causal attention over the window (None: all tokens), those of the state included.
 
     q (B, T, H, D), k and v (B, T, G, D), rotated; the state keeps k and v under `names` (twice the same: k is v).
     `expand` makes keys and values of what the state keeps, where that is something else; k is then what it keeps.
-    Returns (B, T, H, D).
+    `far` (B, T, H, D): the queries as tokens beyond `window.until` meet the sinks.
+    Returns (B, T, H, D), and the log-sum-exps where `lse` asks for them. Raises ValueError where weights are shown that
+    have no such place.
     """
+    if far is not None and window is not None and is_beyond(q, window, state):
+        read = attend_local(q, k, v, window, state, names, scale, expand, lse=True)
+        held = [k[:, : window.sinks], v[:, : window.sinks]] if state is None else [state.first(name) for name in names]
+        return both(read, read_sinks(far, held, token_index(q, state), window, scale), lse=lse)
     if (shown := shown_here()) is not None:
         shown.append(weights_over_tokens(q, k, window, state, names[0], scale, expand))
     if state is None:
-        return attend_causal(q, k, v, window, scale)
+        return attend_causal(q, k, v, window, scale, lse=lse)
     new = dict(zip(names, (k, v), strict=True))
     if state.is_fresh:
         for name, x in new.items():
             state.write(name, x)
-        return attend_causal(q, k, v, window, scale)
-    before = 0 if window is None else min(window - 1, max(state.past))
+        return attend_causal(q, k, v, window, scale, lse=lse)
+
+    def as_read(held: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return (held[names[0]], held[names[1]]) if expand is None else expand(held[names[0]].to(q.dtype))
+
     if window is not None and q.shape[1] > spare_places(state, names[0], window):
-        held = {name: torch.cat([state.latest(name, before, after=False).to(x.dtype), x], 1) for name, x in new.items()}
-        key = token_index(q, state)[:, :1] - before + torch.arange(before + q.shape[1], device=q.device)
-        column: int | None = before
+        before = min(window.reach - 1, max(state.past))
+        run = {name: torch.cat([state.latest(name, before, after=False).to(x.dtype), x], 1) for name, x in new.items()}
         for name, x in new.items():
             state.write(name, x)
-    else:
-        for name, x in new.items():
-            state.write(name, x)
-        held, key, column = in_place(state, names, window, before + q.shape[1])
-    keys, values = (held[name] for name in names) if expand is None else expand(held[names[0]].to(q.dtype))
-    if key is None:
-        return attend_all(q, keys, values, scale)
-    newest = None if column is None else lambda i: column + i
-    return attend_at(q, keys, values, token_index(q, state), key, window, newest=newest, scale=scale)
+        sinks = {name: state.first(name).to(x.dtype) for name, x in new.items()}
+        if state.is_even:
+            return attend_window(q, *as_read(run), as_read(sinks), window, state.past[0], scale, lse=lse)
+        keys, values = as_read({name: torch.cat([sinks[name], x], dim=1) for name, x in run.items()})
+        key = numbers_of_run(token_index(q, state), before, window)
+        shown_first = window.sinks + before
+        newest = lambda i: shown_first + i  # noqa: E731
+        return attend_at(
+            q, keys, values, token_index(q, state), key, window, newest=newest, kept=window.sinks, scale=scale, lse=lse
+        )
+    for name, x in new.items():
+        state.write(name, x)
+    keys, values = as_read({name: state.held(name) for name in new})
+    one = state.is_even and state.lengths[0] - state.past[0] == 1
+    if one and (window is None or state.lengths[0] <= window.size):
+        return attend_all(q, keys, values, scale, lse=lse)
+    newest = (lambda i: state.past[0] + i) if window is None and state.is_even else None
+    key = state.entry_at(names[0])
+    return attend_at(q, keys, values, token_index(q, state), key, window, newest=newest, scale=scale, lse=lse)
+
+
+def is_beyond(x: Tensor, window: Window, state: State | None) -> bool:
+    """Whether a token of this call reads its sinks at a distance of their own."""
+    length = x.shape[1] if state is None else max(state.lengths)
+    if window.until is None or not window.sinks or length <= window.until + 1:
+        return False
+    if shown_here() is not None:
+        raise InputError(
+            f"output_attentions is True; beyond max_distance {window.until} the sinks are read apart, and such weights "
+            f"are not shown; this row has {length} tokens"
+        )
+    return True
+
+
+def read_sinks(far: Tensor, held: Sequence[Tensor], t: Tensor, window: Window, scale: float | None) -> Read:
+    """The sinks alone, by tokens beyond `window.until`; the others read nothing."""
+    newest = torch.where(t > (window.until or 0), window.sinks - 1, -1)
+    numbers = torch.arange(window.sinks, device=t.device)[None]
+    return attend_at(far, held[0], held[1], newest, numbers, scale=scale, lse=True)
+
+
+def numbers_of_run(t: Tensor, before: int, window: Window) -> Tensor:
+    """(B or 1, sinks + before + T): the tokens in columns that are the sinks, `before` tokens, and those at t (B, T).
+
+    Negative where there is none; a sink that stands in the run is no second time there.
+    """
+    run = t[:, :1] - before + torch.arange(before + t.shape[1], device=t.device)
+    sinks = torch.arange(window.sinks, device=t.device)
+    return torch.cat([torch.where(sinks < run[:, :1], sinks, -1), run], dim=1)
 
 
 def weights_over_tokens(
     q: Tensor,
     k: Tensor,
-    window: int | None,
+    window: Window | None,
     state: State | None,
     name: str,
     scale: float | None,
-    expand: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    expand: Expand | None = None,
 ) -> Tensor:
     """(B, H, T, N): what `attend_local` is about to weigh the N tokens of a row with; its k is not written yet."""
     t = token_index(q, state)
     if state is None or state.is_fresh:
         return attention_weights(q, k, t, t, window, scale)
-    before = max(state.past) if window is None else min(window - 1, max(state.past))
+    before = max(state.past) if window is None else min(window.reach - 1, max(state.past))
     keys = torch.cat([state.latest(name, before, after=False).to(k.dtype), k], dim=1)
-    key = t[:, :1] - before + torch.arange(keys.shape[1], device=k.device)
+    if window is None:
+        key = t[:, :1] - before + torch.arange(keys.shape[1], device=k.device)
+    else:
+        keys = torch.cat([state.first(name).to(k.dtype), keys], dim=1)
+        key = numbers_of_run(t, before, window)
     if expand is not None:
         keys, _ = expand(keys)
     near = attention_weights(q, keys, t, key, window, scale)
@@ -115,33 +184,10 @@ def weights_over_tokens(
     return far.scatter_add(3, places, near)[..., : max(state.lengths)]
 
 
-def spare_places(state: State, name: str, window: int) -> int:
+def spare_places(state: State, name: str, window: Window) -> int:
     """Tokens that can be written before they are read without losing one that their windows reach.
 
     A store that grows loses none; many tokens at once are read in blocks all the same.
     """
     limit = state.limit(name)
-    return MIN_BLOCK if limit is None else limit - window + 1
-
-
-def in_place(
-    state: State, names: tuple[str, str], window: int | None, reach: int
-) -> tuple[dict[str, Tensor], Tensor | None, int | None]:
-    """Keys and values without copying them where all rows are even: by name, their token indices, and the
-    column of the call's first token where they stand in order.
-
-    No indices: the one token of this call sees all of them.
-    """
-    one = state.is_even and state.lengths[0] - state.past[0] == 1
-    if window is None or state.limit(names[0]) is not None:
-        held = {name: state.held(name) for name in names}
-        if one and (window is None or held[names[0]].shape[1] <= window):
-            return held, None, None
-        return held, state.entry_at(names[0]), state.past[0] if window is None and state.is_even else None
-    # `reach` counts the columns of the call, padding among them: one token's window may be shorter.
-    reach = min(reach, max(state.lengths), window if one else reach)
-    held = {name: state.latest(name, reach, after=True) for name in names}
-    if one:
-        return held, None, None
-    newest = torch.tensor(state.lengths[:1] if state.is_even else state.lengths, device=state.device)[:, None]
-    return held, newest - reach + torch.arange(reach, device=state.device), None
+    return MIN_BLOCK if limit is None else limit - window.reach + 1

@@ -1,14 +1,14 @@
-"""L3, the long-term level: completed chunks of the row's past, and the retrieval of the best of them.
+"""L3, the long-term level: completed chunks of the row's past, and what is read in the best of them.
 
     tokens     0 1 2 3 | 4 5 6 7 | 8 9 10 11 | 12 13     chunk size c = 4, window w = 5
     chunks     [  0  ]   [  1  ]   [   2   ]   open
     query 13   candidate  local window 9..13             chunk 1 ends at 7, before 9: a candidate too; chunk 2 is not
 
 A chunk is a candidate for the query at t when its last token lies before the window: (j + 1) c <= t + 1 - w. Both
-the completion of a chunk and the window depend on t alone, never on what comes later.
+the completion of a chunk and the window depend on t alone, never on what comes later. mka.memory.search finds the best.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -17,35 +17,52 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from mka.memory.entry import Entry
+from mka.memory.local import token_index
+from mka.memory.search import Retrieved
 from mka.memory.state import State
-from mka.memory.store import Records
-from mka.ops.attend import attend_masked
+from mka.memory.store import RecordForm, Records
+from mka.ops.attend import Read, attend_masked, each, joined, nothing
 from mka.ops.chunks import chunk_attention
 from mka.ops.precision import no_autocast, upcast, wide
 
-INDEX_STORES = ("chunk_mean", "index_key")
+INDEX_STORES = ("chunk_mean", "far_mean", "chunk_place", "index_key")
 """Stores of a state that hold an entry for each chunk: what chunks are found by, and of fmka what is read."""
-QUERY_TILE, SUMMARY_TILE = 512, 4096
-"""Queries and summaries scored at once: the scores take no more than that of each group, whatever T is."""
-RUN = 32
-"""Scores of neighbours that are compared at once, by their largest."""
 TILE_BYTES = 2**27
 """Records fetched at once for the queries of a tile take at most about this much."""
 GATHERED_PAIRS, GATHERED_PAIRS_PER_CHUNK = 64, 2
 """Up to so many (query, chunk) pairs of a group, or for each chunk there is, tokens are gathered, not sorted."""
 
 
-class Retrieved(NamedTuple):
-    """Both (B, T, G, K). chunk: which ones, best first; found: False where there were fewer candidates."""
+def asked_at(x: Tensor, state: State | None) -> Tensor | None:
+    """(B or 1, T): the token index at which each token of x (B, T, ...) asks for chunks; None: 0, 1, ...
 
-    chunk: Tensor
-    found: Tensor
+    What stands after a row's last token is padding: it asks as the last one does, for no chunk that is not there.
+    """
+    if state is None:
+        return None
+    t = token_index(x, state)
+    return t if state.is_even else torch.minimum(t, torch.tensor(state.lengths, device=t.device)[:, None] - 1)
 
 
-def chunk_means(x: Tensor, chunk_size: int) -> Tensor:
-    """(B, T, ...) -> (B, T // c, ...): the mean of each completed chunk, in float32 or better."""
+def unhidden(x: Tensor, t: Tensor, sinks: int) -> Tensor:
+    """x (B, T, ...) with zeros at the row's first `sinks` tokens: chunks are found by what is read in them."""
+    return x if not sinks else x.masked_fill((t < sinks).view(*t.shape, *[1] * (x.dim() - 2)), 0)
+
+
+def tokens_read(chunks: int, chunk_size: int, sinks: int, device: torch.device) -> Tensor:
+    """(J,): how many tokens of each chunk are no sinks, at least 1."""
+    ends = torch.arange(1, chunks + 1, device=device) * chunk_size
+    return (ends - sinks).clamp(1, chunk_size)
+
+
+def chunk_means(x: Tensor, chunk_size: int, sinks: int = 0) -> Tensor:
+    """(B, T, ...) -> (B, T // c, ...): the mean of each completed chunk less the sinks, in float32 or better."""
     chunks = x.shape[1] // chunk_size
-    return upcast(x[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size))).mean(2)
+    x = upcast(x[:, : chunks * chunk_size])
+    if sinks:
+        x = unhidden(x, torch.arange(x.shape[1], device=x.device)[None], sinks)
+    sums = x.unflatten(1, (chunks, chunk_size)).sum(2)
+    return sums / tokens_read(chunks, chunk_size, sinks, x.device).view(-1, *[1] * (x.dim() - 2))
 
 
 def chunk_entries(
@@ -58,7 +75,7 @@ def chunk_entries(
     }
 
 
-def write_chunk_means(x: Tensor, chunk_size: int, state: State) -> Tensor:
+def write_chunk_means(x: Tensor, chunk_size: int, state: State, sinks: int = 0) -> Tensor:
     """Adds the means of the chunks that this call's x (B, T, ...) completes to the state.
 
     Returns them, those of each row first in (B, N, ...), as `State.write` wants them.
@@ -68,110 +85,34 @@ def write_chunk_means(x: Tensor, chunk_size: int, state: State) -> Tensor:
     start = torch.tensor(filled, device=x.device)
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     columns = start[:, None] + torch.arange(x.shape[1], device=x.device)
-    x = upcast(x)
+    x = unhidden(upcast(x), start_of(state, x)[:, None] + torch.arange(x.shape[1], device=x.device), sinks)
     aligned = x.new_zeros(x.shape[0], chunks * chunk_size, *x.shape[2:]).index_put((rows, columns), x)
     if not state.is_fresh:
         carried = state.latest("chunk_sum", 1, after=False).squeeze(1)
         aligned[:, 0] += torch.where((start > 0).view(-1, *[1] * (x.dim() - 2)), carried, 0)
     sums = aligned.unflatten(1, (chunks, chunk_size)).cumsum(2)
     state.write("chunk_sum", sums.flatten(1, 2)[rows, columns])
-    fresh = sums[:, :, -1] / chunk_size
+    number = start_of(state, x)[:, None] // chunk_size + torch.arange(chunks, device=x.device)
+    counts = ((number + 1) * chunk_size - sinks).clamp(1, chunk_size)
+    fresh = sums[:, :, -1] / counts.view(*counts.shape, *[1] * (x.dim() - 2))
     state.write("chunk_mean", fresh)
     return fresh
 
 
-def num_candidates(t: Tensor, chunk_size: int, window: int) -> Tensor:
-    """Chunks that end before the window of the queries at t (0-based); window 0: every completed chunk."""
-    return ((t + 1 - window) // chunk_size).clamp(min=0)
+def last_of_chunks(x: Tensor, chunk_size: int, state: State) -> Tensor:
+    """(B or 1, N): where, among the tokens of x (B, T, ...), those stand that complete a chunk.
 
-
-@torch.no_grad()
-def retrieve(
-    queries: Tensor,
-    summaries: Tensor,
-    t: Tensor | None = None,
-    *,
-    chunk_size: int,
-    window: int,
-    top_k: int,
-    banked: int = 0,
-) -> Retrieved:
-    """The K candidates with the largest inner product of query and summary; the earlier chunk wins a tie.
-
-    queries (B, T, G, E), summaries (B, J, G, E), both before any rotary embedding; t (B or 1, T) the token index of
-    each query (None: 0, 1, ...). The first `banked` summaries are of a bank's chunks, the far past of every token.
+    N is that of `write_chunk_means`; beyond what a row completes, any column.
     """
-    tokens = queries.shape[1]
-    t_here = torch.arange(tokens, device=queries.device)[None] if t is None else t
-    candidates = num_candidates(t_here, chunk_size, window) + banked
-    with no_autocast(queries):
-        queries = upcast(queries).transpose(1, 2)
-        summaries = summaries.to(queries.dtype).permute(0, 2, 3, 1)
-        tiles = []
-        for start in range(0, tokens, QUERY_TILE):
-            tile = slice(start, min(start + QUERY_TILE, tokens))
-            reach = max(0, (tile.stop - window) // chunk_size) if t is None else summaries.shape[-1]
-            tiles.append(best_chunks(queries[:, :, tile], summaries[..., :reach], candidates[:, None, tile], top_k))
-        score, chunk = (torch.cat(parts, dim=2).transpose(1, 2) for parts in zip(*tiles, strict=True))
-    found = score > -torch.inf
-    return Retrieved(chunk.masked_fill(~found, 0), found)
+    filled = state.starts(x.device)[:, None] % chunk_size
+    chunks = (max(past % chunk_size for past in state.past) + x.shape[1] + chunk_size - 1) // chunk_size
+    column = chunk_size * torch.arange(1, chunks + 1, device=x.device) - 1 - filled
+    return column.clamp(max=x.shape[1] - 1)
 
 
-def best_chunks(queries: Tensor, summaries: Tensor, candidates: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The K best scores, -inf where there are fewer candidates, and their chunks, both (B, G, T, K), best first.
-
-    queries (B, G, T, E), summaries (B, G, E, J); the first `candidates` (B or 1, 1, T) summaries are candidates.
-    """
-    score = queries.new_full((*queries.shape[:3], top_k), -torch.inf)
-    chunk = torch.zeros_like(score, dtype=torch.long)
-    sure = 0 if candidates.is_cuda else int(candidates.min())  # asking a GPU would wait for it
-    for start in range(0, summaries.shape[3], SUMMARY_TILE):
-        scores = queries @ summaries[..., start : start + SUMMARY_TILE]
-        unsure = scores[..., max(0, sure - start) :]
-        column = torch.arange(start + scores.shape[3] - unsure.shape[3], start + scores.shape[3], device=scores.device)
-        unsure.masked_fill_(column >= candidates[..., None], -torch.inf)
-        best, place = top_by_place(scores, top_k)
-        found = [(score, chunk), (best, place + start)] if start else [(best, place)]
-        merged, places = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
-        if start:
-            merged, order = merged.sort(dim=-1, descending=True, stable=True)  # the earlier chunks stand first
-            places = places.gather(-1, order)
-        kept = min(top_k, merged.shape[3])
-        score[..., :kept], chunk[..., :kept] = merged[..., :kept], places[..., :kept]
-    return score, chunk
-
-
-def top_by_place(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The K largest of scores (..., J), fewer where J is smaller, and their places, best first; the first wins a tie.
-
-    `scores` is spent; -inf is no candidate, and its place means nothing. Where J is large they are looked for in K runs
-    of neighbours: those whose largest score is highest, the earlier of equal ones first. Each of those has an entry
-    that goes before all entries of any other run.
-    """
-    runs = scores.shape[-1] // RUN
-    if runs <= top_k:
-        return largest(scores, top_k)
-    within = scores[..., : runs * RUN].unflatten(-1, (runs, RUN))
-    # `largest` marks what it took with -inf: a run without a candidate must stand above that, or one is taken twice.
-    _, run = largest(within.amax(-1).clamp(min=torch.finfo(scores.dtype).min), top_k)
-    run = run.sort(-1).values
-    neighbours = torch.arange(RUN, device=scores.device)
-    places = (run.unsqueeze(-1) * RUN + neighbours).flatten(-2)
-    rest = torch.arange(runs * RUN, scores.shape[-1], device=scores.device)
-    places = torch.cat([places, rest.expand(*places.shape[:-1], -1)], dim=-1)
-    best, found = largest(scores.gather(-1, places), top_k)
-    return best, places.gather(-1, found)
-
-
-def largest(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """`top_by_place` by one pass for each of the K."""
-    found = []
-    for _ in range(min(top_k, scores.shape[-1])):
-        best, place = scores.max(-1, keepdim=True)
-        found.append((best, place))
-        scores.scatter_(-1, place, -torch.inf)
-    best, place = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
-    return best, place
+def start_of(state: State, x: Tensor) -> Tensor:
+    """(B,): tokens that each row had seen before this call."""
+    return state.starts(x.device).expand(state.batch_size)
 
 
 def read_summaries(u: Tensor, keys: Tensor, means: Tensor | Records, retrieved: Retrieved) -> Tensor:
@@ -197,18 +138,38 @@ def read_summaries(u: Tensor, keys: Tensor, means: Tensor | Records, retrieved: 
     return read.unflatten(0, u.shape[:2])
 
 
-def attend_chunks(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int) -> Tensor:
-    """Attention of each query to the tokens of the chunks it retrieved; zeros where nothing was found.
+def attend_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retrieved: Retrieved,
+    chunk_size: int,
+    seen: Tensor | None = None,
+    *,
+    lse: bool = False,
+) -> Read:
+    """Attention of each query to the tokens of the chunks it retrieved; nothing is read where nothing was found.
 
-    q (B, T, H, D), k and v (B, S, G, D) with S at least the tokens of all completed chunks. Returns (B, T, H, D).
+    q (B, T, H, D), k and v (B, S, G, D) with S at least the tokens of all completed chunks, of which those are read
+    where `seen` (S,) is True (None: all). Returns (B, T, H, D).
     """
     tokens, top_k = retrieved.chunk.shape[1], retrieved.chunk.shape[3]
     if tokens * top_k <= max(GATHERED_PAIRS, GATHERED_PAIRS_PER_CHUNK * k.shape[1] // chunk_size):
-        return gather_chunks(q, k, v, retrieved, chunk_size)
-    return chunk_attention(q, k, v, *retrieved, chunk_size)[0].to(q.dtype)
+        return gather_chunks(q, k, v, retrieved, chunk_size, seen, lse=lse)
+    values, sums = chunk_attention(q, k, v, *retrieved, chunk_size, seen)
+    return Read(values.to(q.dtype), sums)
 
 
-def gather_chunks(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int) -> Tensor:
+def gather_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retrieved: Retrieved,
+    chunk_size: int,
+    seen: Tensor | None = None,
+    *,
+    lse: bool = False,
+) -> Read:
     """`attend_chunks` for few queries: each has a copy of its tokens."""
     batch, tokens, groups, _ = retrieved.chunk.shape
     offsets = torch.arange(chunk_size, device=q.device)
@@ -216,10 +177,25 @@ def gather_chunks(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_s
     rows = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
     group = torch.arange(groups, device=q.device).view(-1, 1)
     keys, values = (x[rows, index, group].flatten(0, 2).unsqueeze(2) for x in (k, v))  # (B T G, K c, 1, D)
-    mask = retrieved.found.repeat_interleave(chunk_size, dim=3).flatten(0, 2)[:, None]
+    mask = retrieved.found.repeat_interleave(chunk_size, dim=3)
+    if seen is not None:
+        mask = mask & seen[index]
     queries = q.unflatten(2, (groups, -1)).flatten(0, 2).unsqueeze(1)  # (B T G, 1, H / G, D)
-    read = attend_masked(queries.to(k.dtype), keys, values, mask.unsqueeze(2))
-    return read.flatten(1, 2).unflatten(0, (batch, tokens, groups)).flatten(2, 3).to(q.dtype)
+    read = attend_masked(queries.to(k.dtype), keys, values, mask.flatten(0, 2)[:, None, None], lse=lse)
+    read = each(read, lambda x: x.flatten(1, 2).unflatten(0, (batch, tokens, groups)).flatten(2, 3))
+    return each(read, lambda x: x.to(q.dtype), values_only=True)
+
+
+class InTensor(Records):
+    """Tokens (B, S, G, D) as records of their chunks."""
+
+    def __init__(self, x: Tensor, chunk_size: int) -> None:
+        self.form = RecordForm(x.shape[2], chunk_size, x.shape[3], x.dtype)
+        chunks = x.shape[1] // chunk_size
+        self.data = x[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size))
+
+    def read(self, row: Tensor, chunk: Tensor, group: Tensor) -> Tensor:
+        return self.data[row, chunk, :, group]
 
 
 class Fetched(NamedTuple):
@@ -230,6 +206,9 @@ class Fetched(NamedTuple):
     """(B, t, G, K), chunk numbering the records fetched"""
     records: tuple[Tensor, ...]
     """(N, block, width) of each store, on the device"""
+    row: Tensor
+    """(N,) of each record"""
+    chunk: Tensor
 
 
 def fetched(retrieved: Retrieved, stores: tuple[Records, ...]) -> Iterator[Fetched]:
@@ -248,11 +227,12 @@ def fetched(retrieved: Retrieved, stores: tuple[Records, ...]) -> Iterator[Fetch
         named = number // (groups * chunks), number % chunks, number // chunks % groups
         device = chunk.device
         records = tuple(store.read(*named).to(device, non_blocking=True) for store in stores)
-        return Fetched(tile, Retrieved(torch.zeros_like(chunk).masked_scatter(found, place), found), records)
+        here = Retrieved(torch.zeros_like(chunk).masked_scatter(found, place), found)
+        return Fetched(tile, here, records, *named[:2])
 
     tiles = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
-    if len(tiles) == 1:
-        yield fetch(tiles[0])
+    if len(tiles) == 1 or isinstance(stores[0], InTensor):
+        yield from map(fetch, tiles)
         return
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(fetch, tiles[0])
@@ -274,21 +254,77 @@ def means_read(part: Fetched, weights: Tensor) -> Tensor:
     return read.unflatten(0, weights.shape[:2])
 
 
-def attend_records(q: Tensor, keys: Records, values: Records, retrieved: Retrieved, chunk_size: int) -> Tensor:
+def attend_records(
+    q: Tensor,
+    keys: Records,
+    values: Records,
+    retrieved: Retrieved,
+    chunk_size: int,
+    *,
+    sinks: int = 0,
+    banked: int = 0,
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    lse: bool = False,
+) -> Read:
     """`attend_chunks` where keys and values are stored apart: the records fetched are the chunks of one long row.
 
-    q (B, T, H, D). Returns (B, T, H, D).
+    q (B, T, H, D). A row's first `sinks` tokens are not read; its chunks come after `banked` others. `turn` changes
+    the keys (N, c, D) of chunks before they are read, given their rows and numbers (N,). Returns (B, T, H, D).
     """
     groups = retrieved.chunk.shape[2]
     reads = []
     for part in fetched(retrieved, (keys, values)):
         queries = q[:, part.tile]
         shape = queries.shape
-        if not len(part.records[0]):
-            reads.append(torch.zeros_like(queries))
+        k, v = part.records
+        if not len(k):
+            reads.append(nothing(queries, lse=lse))
             continue
-        k, v = (x.flatten(0, 1)[None, :, None] for x in part.records)  # (1, N c, 1, D)
+        if turn is not None:
+            k = turn(k, part.row, part.chunk)
+        seen = None
+        if sinks:
+            number = (part.chunk[:, None] - banked) * chunk_size + torch.arange(chunk_size, device=k.device)
+            seen = ((number >= sinks) | (part.chunk[:, None] < banked)).flatten()
+        k, v = (x.flatten(0, 1)[None, :, None] for x in (k, v))  # (1, N c, 1, D)
         rows = queries.unflatten(2, (groups, -1)).flatten(0, 2)[None]  # (1, B t G, H / G, D)
         chosen = Retrieved(*(x.flatten(0, 2)[None, :, None] for x in part.retrieved))
-        reads.append(attend_chunks(rows, k, v, chosen, chunk_size).view(shape))
-    return torch.cat(reads, dim=1)
+        read = attend_chunks(rows, k, v, chosen, chunk_size, seen, lse=lse)
+        sums = None if read.lse is None or not lse else read.lse.view(shape[:3])
+        reads.append(Read(read.values.view(shape), sums))
+    return joined(reads)
+
+
+class Chunks(NamedTuple):
+    """The chunks of a call: tokens, in order or as they are stored; what they are found by, near and far; where they
+    begin.
+
+    keys, values (B, S, G, D) or records; means, far_means (B, J, G, D); places (B or 1, J), None: without positions.
+    """
+
+    keys: Tensor | Records
+    values: Tensor | Records
+    means: Tensor
+    far_means: Tensor | None = None
+    places: Tensor | None = None
+    banked: int = 0
+
+
+def attend_held(
+    q: Tensor,
+    chunks: Chunks,
+    retrieved: Retrieved,
+    chunk_size: int,
+    sinks: int,
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    *,
+    lse: bool = False,
+) -> Read:
+    """`attend_chunks` or `attend_records`, whichever the chunks need."""
+    keys, values = chunks.keys, chunks.values
+    if turn is None and isinstance(keys, Tensor) and isinstance(values, Tensor):
+        seen = torch.arange(keys.shape[1], device=q.device) >= sinks if sinks else None
+        return attend_chunks(q, keys, values, retrieved, chunk_size, seen, lse=lse)
+    keys, values = (InTensor(x, chunk_size) if isinstance(x, Tensor) else x for x in (keys, values))
+    banked = chunks.banked
+    return attend_records(q, keys, values, retrieved, chunk_size, sinks=sinks, banked=banked, turn=turn, lse=lse)

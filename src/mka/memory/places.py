@@ -55,8 +55,7 @@ class LongTerm:
         """What of it is not as usual, in words."""
         if self.bank is not None:
             return "a bank is given"
-        config = self.config
-        return f"longterm_store is {config.longterm_store!r}, longterm_search {config.longterm_search!r}"
+        return f"longterm_store is {self.config.longterm_store!r}"
 
     @property
     def is_special(self) -> bool:

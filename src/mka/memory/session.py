@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mka.memory.entry import Entry
 from mka.memory.local import token_index
 from mka.memory.state import State
-from mka.ops.attend import attend_at, attend_causal
+from mka.ops.attend import Read, Window, attend_at, attend_causal
 from mka.ops.precision import upcast, wide
 from mka.ops.scan import carry_average, causal_average
 
@@ -67,23 +67,31 @@ def slot_columns(stride: int, tokens: int, state: State) -> Tensor:
 
 
 def attend_slots(
-    q: Tensor, k: Tensor, v: Tensor, stride: int, window: int | None, state: State | None, names: tuple[str, str]
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stride: int,
+    window: int | None,
+    state: State | None,
+    names: tuple[str, str],
+    *,
+    lse: bool = False,
+) -> Read:
     """Attention to the latest `window` slots (None: all) that are completed, those of the state included.
 
     q (B, T, H, D); k and v (B, N, G, D) are the slots that this call completes, of a row with fewer at its first
-    columns; the state keeps them under `names`. Before a row's first slot, zeros.
+    columns; the state keeps them under `names`. Before a row's first slot, nothing is read.
     """
-    t = token_index(q, state)
+    t, latest = token_index(q, state), None if window is None else Window(window)
     if state is None:
         if stride == 1:
-            return attend_causal(q, k, v, window)
+            return attend_causal(q, k, v, latest, lse=lse)
         slot, first = torch.arange(k.shape[1], device=q.device)[None], 0
     else:
         k, v, slot, first = slots_of_state(k, v, stride, window, state, names)
     past = 0 if state is None else state.past[0]
     newest = None if first is None else lambda i: (past + i + 1) // stride - 1 - first
-    return attend_at(q, k, v, (t + 1) // stride - 1, slot, window, newest=newest)
+    return attend_at(q, k, v, (t + 1) // stride - 1, slot, latest, newest=newest, lse=lse)
 
 
 def slots_of_state(

@@ -3,15 +3,17 @@
     entry i of a store        one for every `every` tokens: keys (1), chunk summaries (c), session slots (stride)
     place i                   stores of which all entries are read; they grow in steps
     place i mod limit         stores of which the `latest` are read: a ring of limit = latest + reversible / every
+    place i, i < first        of such a store, a row's `first` entries stay before the ring, which holds those after
 
-    tokens 0 1 2 3 4 5 6      latest 4, reversible 0        ring  4 5 6 3
+    tokens 0 1 2 3 4 5 6      latest 4, reversible 0, first 0     ring  4 5 6 3
+    tokens 0 1 2 3 4 5 6      latest 4, reversible 0, first 2     0 1   ring  6 3 4 5
 
 Rows count their own tokens, so padding and batch-mates do not matter, and taking tokens back is counting down: what
 they wrote is written over. Of a ring the entries before the newest `limit` are gone, hence `reversible`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -178,7 +180,7 @@ class State:
             raise InputError(f"the state holds {self.batch_size} rows; x has {batch_size}; they must be as many")
         for name, entry in entries.items():
             ours = self.entries.get(name)
-            if ours is None or (ours.shape, ours.every, ours.latest) != (entry.shape, entry.every, entry.latest):
+            if ours is None or replace(ours, dtype=entry.dtype) != entry:
                 raise InputError(f"the state was made for other options of {owner}: its {name} is {ours}, not {entry}")
         self.checked = entries
 
@@ -240,20 +242,18 @@ class State:
         data = self.tensors[name]
         if data.requires_grad or (values.requires_grad and torch.is_grad_enabled()):
             data = data.clone()  # earlier reads keep what they need for their gradients
+        entry = self.entries[name]
         if self.is_even:
-            start = first[0] if limit is None else max(first[0], last[0] - limit)
-            for begin, end in runs(start, last[0], limit):
-                place = begin if limit is None else begin % limit
+            for begin, end, place in runs(entry, first[0], last[0], limit):
                 data[:, place : place + end - begin] = values[:, begin - first[0] : end - first[0]].to(data.dtype)
         else:
             column = torch.arange(values.shape[1], device=data.device)
             starts, ends = (torch.tensor(counts, device=data.device)[:, None] for counts in (first, last))
             fresh = column < ends - starts
             if limit is not None:
-                fresh &= column >= ends - starts - limit
+                fresh &= (column >= ends - starts - limit) | (starts + column < entry.first)
             row, column = fresh.nonzero(as_tuple=True)
-            entry = starts[row, 0] + column
-            data[row, entry if limit is None else entry % limit] = values[row, column].to(data.dtype)
+            data[row, entry.place(starts[row, 0] + column, limit)] = values[row, column].to(data.dtype)
         self.tensors[name] = data
 
     def _write_apart(self, name: str, values: Tensor, first: list[int], last: list[int]) -> None:
@@ -287,10 +287,15 @@ class State:
         """(B, N, ...): every entry of a growing store, a bank's first; N is that of the longest row."""
         return self.tensors[name][:, : self.before(name) + max(self.lengths) // self.entries[name].every]
 
+    def first(self, name: str) -> Tensor:
+        """(B, N, ...): the places of a row's first entries, those it does not have yet included."""
+        self._grow(name, self.entries[name].first)
+        return self.tensors[name][:, : self.entries[name].first]
+
     def held(self, name: str) -> Tensor:
-        """The store as it lies, (B, S, ...)."""
+        """The store as it lies, (B, S, ...): the first entries, then the others."""
         limit, longest = self.limit(name), max(self.lengths) // self.entries[name].every
-        return self.tensors[name][:, : longest if limit is None else min(longest, limit)]
+        return self.tensors[name][:, : longest if limit is None else min(longest, self.entries[name].first + limit)]
 
     def entry_at(self, name: str) -> Tensor:
         """The number of the entry at each place of `held`, (B or 1, S); negative where there is none."""
@@ -299,8 +304,7 @@ class State:
         if limit is None:
             return place
         lengths = torch.tensor(self.lengths[:1] if self.is_even else self.lengths, device=held.device)[:, None]
-        newest = lengths // every - 1
-        return newest - (newest - place) % limit
+        return self.entries[name].number_at(place, lengths // every, limit)
 
     def latest(self, name: str, count: int, *, after: bool) -> Tensor:
         """(B, count, ...): the newest entries in order, the last one last, before this call's or after them.
@@ -316,7 +320,7 @@ class State:
         entry = torch.tensor(ends, device=data.device)[:, None] - count + torch.arange(count, device=data.device)
         entry = entry.clamp(min=0)
         rows = torch.arange(self.batch_size, device=data.device)[:, None]
-        return data[rows, entry if limit is None else entry % limit]
+        return data[rows, self.entries[name].place(entry, limit)]
 
     def _latest_apart(self, name: str, ends: list[int], count: int) -> Tensor:
         shape, device = self.entries[name].shape, self.device
@@ -329,7 +333,9 @@ class State:
 
     def _grow(self, name: str, needed: int) -> None:
         data, limit = self.tensors[name], self.limit(name)
-        needed = needed if limit is None else min(needed, limit)
+        if limit is not None:
+            limit += self.entries[name].first
+            needed = min(needed, limit)
         if needed <= data.shape[1]:
             return
         capacity = -(-(needed + needed // 8) // STEP) * STEP

@@ -5,7 +5,7 @@ After `import mka.models`, AutoConfig and AutoModelForCausalLM load a folder tha
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from mka.attention import ATTENTION_TYPES, CausalAttention, build_attention
 from mka.attention.grouped import GroupedAttention
-from mka.config import InputError, nearest, unknown_name
+from mka.config import SINK_TOKENS, InputError, nearest, unknown_name
 from mka.memory.local import shown_weights
 from mka.memory.router import Router
 from mka.models.adapter import PADDING_MASK, AttentionAdapter
@@ -43,6 +43,16 @@ from mka.models.weights import check_finite, check_loaded, check_precision
 
 FROM_CONFIG = ("hidden_size", "num_heads", "head_dim", "bias", "rotary")
 """Options of a mechanism that the backbone's configuration decides."""
+
+
+BEFORE = {"mix": "routed", "sink_tokens": 0, "longterm_positions": "clamped", "max_distance": None}
+"""Options that configurations always hold, and what a model had before they existed."""
+
+
+def defaults_of(attention_type: str, names: Iterable[str]) -> dict[str, Any]:
+    """The defaults of those of the options that the mechanism has."""
+    parameters = inspect.signature(ATTENTION_TYPES[attention_type]).parameters
+    return {name: parameters[name].default for name in names if name in parameters}
 
 
 def check_options(attention_type: str, options: dict[str, Any]) -> None:
@@ -89,9 +99,19 @@ class MemoryConfig(PreTrainedConfig):
     learned_gate: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.attention_options = dict(self.attention_options or {})
         super().__post_init__(**kwargs)
-        check_options(self.attention_type, self.attention_options)
+        options = dict(self.attention_options or {})
+        check_options(self.attention_type, options)
+        self.attention_options = defaults_of(self.attention_type, BEFORE) | options
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' own; what was written before an option existed is what it was then."""
+        values = dict(config_dict)
+        if (kind := values.get("attention_type")) in ATTENTION_TYPES:
+            before = {name: BEFORE[name] for name in defaults_of(kind, BEFORE)}
+            values["attention_options"] = before | (values.get("attention_options") or {})
+        return super().from_dict(values, **kwargs)
 
 
 def with_weights(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -251,6 +271,14 @@ for model in MODELS.values():
     AutoModelForCausalLM.register(model.config_class, model)
 
 
+def trained_distance(config: Any, options: dict[str, Any], defaults: Any) -> int | None:
+    """The distance that the backbone was made for; None where the window is no smaller."""
+    windows = [options.get(name, defaults[name].default) for name in ("local_window", "chunk_size") if name in defaults]
+    reach = sum(size for size in windows if size is not None) + 1 + (options.get("sink_tokens") or SINK_TOKENS)
+    limit = getattr(config, "max_position_embeddings", None)
+    return None if limit is None or limit < reach else limit
+
+
 def memory_config(config: PreTrainedConfig, attention_type: str, options: dict[str, Any], **fields: Any) -> Any:
     """The configuration of the same backbone with a mechanism. Raises ValueError for a family that is not supported."""
     values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
@@ -261,7 +289,11 @@ def memory_config(config: PreTrainedConfig, attention_type: str, options: dict[s
     if family_of(config).rotary and "num_kv_heads" in defaults:
         options.setdefault("num_kv_heads", kv_heads_of(config))
     if defaults["local_window"].default is None and (window := window_of(config)) is not None:
+        if "local_window" not in options:
+            options["sink_tokens"] = options.get("sink_tokens", 0)  # as the backbone itself has it
         options.setdefault("local_window", window)
+    if family_of(config).rotary and "max_distance" in defaults:
+        options.setdefault("max_distance", trained_distance(config, options, defaults))
     for name in ("sliding_window", "layer_types"):  # the mechanism has the window now
         if name in values:
             values[name] = None

@@ -8,7 +8,8 @@
 What a query reads in its K chunks is merged by the sums of their exponentials, as in MoBA (arXiv 2502.13189). The cost
 is that of K c keys a query, however many there are, and a chunk is loaded once for P of the queries that chose it.
 
-Shapes: q (B, T, H, D), k and v (B, S, G, D), chunk and found (B, T, G, K); c = chunk_size, J = S // c, R = H / G.
+Shapes: q (B, T, H, D), k and v (B, S, G, D), chunk and found (B, T, G, K), seen (S,) the tokens that are read at all
+(None: all); c = chunk_size, J = S // c, R = H / G.
 """
 
 import math
@@ -44,16 +45,23 @@ class Blocks(NamedTuple):
     keys: Tensor
     """(N, c, D)"""
     values: Tensor
+    hidden: Tensor | None
+    """(N, 1, c)"""
+
+    def scores(self) -> Tensor:
+        """(N, P R, c)"""
+        scores = self.queries @ self.keys.transpose(1, 2)
+        return scores if self.hidden is None else scores.masked_fill_(self.hidden, -torch.inf)
 
 
 @torch.library.custom_op("mka::chunk_attention", mutates_args=())
 @without_autocast
 def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int
+    q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int, seen: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns o (B, T, H, D) and the log-sum-exp of the scores (B, T, H), both float32 or better.
 
-    A query with nothing found reads zeros, and its log-sum-exp is -inf. The log-sum-exp has no gradient.
+    A query with nothing found reads zeros, and its log-sum-exp is -inf. A chunk has a token that is seen.
     """
     o, lse = reads_like(q)
     groups, width = k.shape[2:]
@@ -62,8 +70,8 @@ def chunk_attention(
         pairs = math.prod(shape[:4])
         top = o.new_full((pairs + 1, shape[4]), -torch.inf)
         total, read = torch.zeros_like(top), o.new_zeros(pairs + 1, shape[4] * width)
-        for block in blocks(q[:, tile], k, v, chunk[:, tile], found[:, tile], chunk_size):
-            scores = block.queries @ block.keys.transpose(1, 2)
+        for block in blocks(q[:, tile], k, v, chunk[:, tile], found[:, tile], chunk_size, seen):
+            scores = block.scores()
             highest = scores.amax(-1)
             scores.sub_(highest.unsqueeze(-1)).exp_()
             for store, x in ((top, highest), (total, scores.sum(-1)), (read, scores @ block.values)):
@@ -81,7 +89,17 @@ def chunk_attention(
 @torch.library.custom_op("mka::chunk_attention_backward", mutates_args=())
 @without_autocast
 def chunk_attention_backward(
-    grad: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int
+    grad: Tensor,
+    grad_of_lse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk: Tensor,
+    found: Tensor,
+    chunk_size: int,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; the scores are computed anew."""
     dtype, top_k, (batch, slots, groups, width) = wide(q.dtype), chunk.shape[3], k.shape
@@ -89,15 +107,17 @@ def chunk_attention_backward(
     dq = q.new_empty(q.shape, dtype=dtype)
     dk, dv = (k.new_zeros(batch * groups * chunks, chunk_size * width, dtype=dtype) for _ in range(2))
     against = (grad * o).sum(-1)
+    if grad_of_lse is not None:
+        against -= grad_of_lse
     for tile in query_tiles(chunk):
         rows = chunk[:, tile].numel() // top_k
         given, sums, less = (x[:, tile].reshape(rows, -1) for x in (grad, lse, against))
         sums = pad(sums, (0, 0, 0, 1), value=torch.inf)  # an empty place has no weight
         parts = dq.new_zeros(rows * top_k + 1, dq.shape[2] // groups * width)
-        for block in blocks(q[:, tile], k, v, chunk[:, tile], found[:, tile], chunk_size):
+        for block in blocks(q[:, tile], k, v, chunk[:, tile], found[:, tile], chunk_size, seen):
             shape = (len(block.segment), -1)
             out = given[block.query].view(*shape, width)
-            weight = block.queries @ block.keys.transpose(1, 2)
+            weight = block.scores()
             weight.sub_(sums[block.pair // top_k].view(*shape, 1)).exp_()
             dv.index_add_(0, block.segment, (weight.transpose(1, 2) @ out).view(shape))
             slope = out @ block.values.transpose(1, 2)
@@ -116,26 +136,41 @@ def reads_like(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @chunk_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return reads_like(q)
 
 
 @chunk_attention_backward.register_fake
 def _(
-    grad: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int
+    grad: Tensor,
+    grad_of_lse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk: Tensor,
+    found: Tensor,
+    chunk_size: int,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.chunk_size = inputs
-    ctx.mark_non_differentiable(output[1])
+    *tensors, ctx.chunk_size, ctx.seen = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *tensors)
 
 
-def differentiate(ctx: Any, grad: Tensor, _grad_of_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *chunk_attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.chunk_size), None, None, None
+def differentiate(ctx: Any, grad: Tensor | None, grad_of_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    grad = torch.zeros_like(tensors[0]) if grad is None else grad.contiguous()
+    grads = chunk_attention_backward(grad, grad_of_lse, *tensors, ctx.chunk_size, ctx.seen)
+    return *grads, None, None, None, None
 
 
 chunk_attention.register_autograd(differentiate, setup_context=keep)
@@ -148,7 +183,9 @@ def query_tiles(chunk: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, tokens))
 
 
-def blocks(q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int) -> Iterator[Blocks]:
+def blocks(
+    q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int, seen: Tensor | None
+) -> Iterator[Blocks]:
     """The found pairs, sorted by row, group and chunk, in blocks of one chunk each."""
     slots, groups, width = k.shape[1:]
     chunks, top_k, dtype = slots // chunk_size, chunk.shape[3], wide(q.dtype)
@@ -162,7 +199,8 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_
         pair = pair.flatten()
         query = (pair // top_k).clamp(max=len(rows) - 1)
         queries = rows[query].to(dtype).mul_(1 / math.sqrt(width)).view(len(segment), -1, width)
-        yield Blocks(segment, pair, query, queries, keys, values)
+        hidden = None if seen is None else ~seen[: chunks * chunk_size].view(chunks, 1, chunk_size)[j]
+        yield Blocks(segment, pair, query, queries, keys, values, hidden)
 
 
 def sorted_pairs(chunk: Tensor, found: Tensor, chunks: int) -> tuple[Tensor, Tensor]:

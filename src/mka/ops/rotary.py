@@ -29,10 +29,14 @@ class RotaryEmbedding:
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x (B, T, H, D), positions (T,) or (B, T) -> (B, T, H, D) in x's dtype."""
+        return self.turn(x, positions, self.scaling)
+
+    def turn(self, x: Tensor, positions: Tensor, scaling: float = 1.0) -> Tensor:
+        """Rotation alone: what was embedded at p becomes what would be embedded at p + positions."""
         with no_autocast(x):
             wide = upcast(x)
             angle = positions[..., None].to(wide.dtype) * self.rates(wide)
-            cos, sin = (scaled.unsqueeze(-2) * self.scaling for scaled in (angle.cos(), angle.sin()))
+            cos, sin = (scaled.unsqueeze(-2) * scaling for scaled in (angle.cos(), angle.sin()))
             a, b = wide.chunk(2, dim=-1)
             return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
