@@ -249,8 +249,9 @@ def attend_window(
     reads = []
     for n in range(near):  # blocks whose keys are not all there, or have sinks among them
         begin = first + n * size
-        empty = max(0, size - begin)
-        here = torch.cat([torch.where(numbers < begin - size, numbers, -1), begin + own[empty:]])
+        earliest = max(first - before, begin - size)
+        empty = earliest - (begin - size)
+        here = torch.cat([torch.where(numbers < earliest, numbers, -1), begin + own[empty:]])
         span = slice(n * size + empty, (n + 2) * size)
         keys, values = (torch.cat([x, y[:, span]], dim=1) for x, y in zip(sinks, (k, v), strict=True))
         mask = window.sees(begin + t, here)
