@@ -109,11 +109,9 @@ def attend_local(
             return attend_window(q, *as_read(run), as_read(sinks), window, state.past[0], scale, lse=lse)
         keys, values = as_read({name: torch.cat([sinks[name], x], dim=1) for name, x in run.items()})
         key = numbers_of_run(token_index(q, state), before, window)
-        shown_first = window.sinks + before
-        newest = lambda i: shown_first + i  # noqa: E731
-        return attend_at(
-            q, keys, values, token_index(q, state), key, window, newest=newest, kept=window.sinks, scale=scale, lse=lse
-        )
+        own = window.sinks + before
+        ordered = {"newest": lambda i: own + i, "kept": window.sinks}
+        return attend_at(q, keys, values, token_index(q, state), key, window, **ordered, scale=scale, lse=lse)
     for name, x in new.items():
         state.write(name, x)
     keys, values = as_read({name: state.held(name) for name in new})
@@ -148,11 +146,11 @@ def read_sinks(far: Tensor, held: Sequence[Tensor], t: Tensor, window: Window, s
 def numbers_of_run(t: Tensor, before: int, window: Window) -> Tensor:
     """(B or 1, sinks + before + T): the tokens in columns that are the sinks, `before` tokens, and those at t (B, T).
 
-    Negative where there is none; a sink that stands in the run is no second time there.
+    Negative where there is none, and where a sink stands in the run: it is no second time there.
     """
     run = t[:, :1] - before + torch.arange(before + t.shape[1], device=t.device)
-    sinks = torch.arange(window.sinks, device=t.device)
-    return torch.cat([torch.where(sinks < run[:, :1], sinks, -1), run], dim=1)
+    sinks = torch.arange(window.sinks, device=t.device).expand(len(t), -1)
+    return torch.cat([sinks, run.where(run >= window.sinks, -1)], dim=1)
 
 
 def weights_over_tokens(
@@ -173,8 +171,12 @@ def weights_over_tokens(
     if window is None:
         key = t[:, :1] - before + torch.arange(keys.shape[1], device=k.device)
     else:
-        keys = torch.cat([state.first(name).to(k.dtype), keys], dim=1)
         key = numbers_of_run(t, before, window)
+        written = state.first(name).to(k.dtype).expand(len(q), *[-1] * (k.dim() - 1)).clone()
+        for row, past in enumerate(state.past):  # sinks among this call's tokens are not written yet
+            fresh = k[row, : max(0, window.sinks - past)]
+            written[row, past : past + len(fresh)] = fresh
+        keys = torch.cat([written, keys], dim=1)
     if expand is not None:
         keys, _ = expand(keys)
     near = attention_weights(q, keys, t, key, window, scale)
