@@ -24,6 +24,7 @@ from mka.memory.store import RecordForm, Records
 from mka.ops.attend import Read, attend_masked, each, joined, nothing
 from mka.ops.chunks import chunk_attention
 from mka.ops.precision import no_autocast, upcast, wide
+from mka.ops.unions import attend_unions
 
 INDEX_STORES = ("chunk_mean", "far_mean", "chunk_place", "index_key")
 """Stores of a state that hold an entry for each chunk: what chunks are found by, and of fmka what is read."""
@@ -156,6 +157,10 @@ def attend_chunks(
     tokens, top_k = retrieved.chunk.shape[1], retrieved.chunk.shape[3]
     if tokens * top_k <= max(GATHERED_PAIRS, GATHERED_PAIRS_PER_CHUNK * k.shape[1] // chunk_size):
         return gather_chunks(q, k, v, retrieved, chunk_size, seen, lse=lse)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        together = attend_unions(q, k, v, *retrieved, chunk_size, seen)
+        if together is not None:
+            return Read(*together)
     values, sums = chunk_attention(q, k, v, *retrieved, chunk_size, seen)
     return Read(values.to(q.dtype), sums)
 
@@ -287,11 +292,13 @@ def attend_records(
             number = (part.chunk[:, None] - banked) * chunk_size + torch.arange(chunk_size, device=k.device)
             seen = ((number >= sinks) | (part.chunk[:, None] < banked)).flatten()
         k, v = (x.flatten(0, 1)[None, :, None] for x in (k, v))  # (1, N c, 1, D)
-        rows = queries.unflatten(2, (groups, -1)).flatten(0, 2)[None]  # (1, B t G, H / G, D)
-        chosen = Retrieved(*(x.flatten(0, 2)[None, :, None] for x in part.retrieved))
+        # (1, B G t, H / G, D): neighbours stand side by side
+        rows = queries.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 2)[None]
+        chosen = Retrieved(*(x.transpose(1, 2).flatten(0, 2)[None, :, None] for x in part.retrieved))
         read = attend_chunks(rows, k, v, chosen, chunk_size, seen, lse=lse)
-        sums = None if read.lse is None or not lse else read.lse.view(shape[:3])
-        reads.append(Read(read.values.view(shape), sums))
+        by_group = (shape[0], groups, shape[1])
+        read = each(read, lambda x, by=by_group: x.squeeze(0).unflatten(0, by).transpose(1, 2).flatten(2, 3))
+        reads.append(read if lse else read._replace(lse=None))
     return joined(reads)
 
 

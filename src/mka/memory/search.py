@@ -20,8 +20,6 @@ QUERY_TILE, SUMMARY_TILE = 512, 4096
 """Queries and summaries scored at once: the scores take no more than that of each group, whatever T is."""
 SCORES = 2**22
 """Scores of all heads that are normalised at once."""
-RUN = 32
-"""Scores of neighbours that are compared at once, by their largest."""
 
 
 class Retrieved(NamedTuple):
@@ -188,33 +186,17 @@ def best_chunks(queries: Tensor, summaries: Tensor, end: Tensor, limits: Limits)
 def top_by_place(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The K largest of scores (..., J), fewer where J is smaller, and their places, best first; the first wins a tie.
 
-    `scores` is spent; -inf is no candidate, and its place means nothing. Where J is large they are looked for in K runs
-    of neighbours: those whose largest score is highest, the earlier of equal ones first. Each of those has an entry
-    that goes before all entries of any other run.
+    -inf is no candidate, and its place means nothing.
     """
-    runs = scores.shape[-1] // RUN
-    if runs <= top_k:
-        return largest(scores, top_k)
-    within = scores[..., : runs * RUN].unflatten(-1, (runs, RUN))
-    # `largest` marks what it took with -inf: a run without a candidate must stand above that, or one is taken twice.
-    _, run = largest(within.amax(-1).clamp(min=torch.finfo(scores.dtype).min), top_k)
-    run = run.sort(-1).values
-    neighbours = torch.arange(RUN, device=scores.device)
-    places = (run.unsqueeze(-1) * RUN + neighbours).flatten(-2)
-    rest = torch.arange(runs * RUN, scores.shape[-1], device=scores.device)
-    places = torch.cat([places, rest.expand(*places.shape[:-1], -1)], dim=-1)
-    best, found = largest(scores.gather(-1, places), top_k)
-    return best, places.gather(-1, found)
-
-
-def largest(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """`top_by_place` by one pass for each of the K."""
-    found = []
-    for _ in range(min(top_k, scores.shape[-1])):
-        best, place = scores.max(-1, keepdim=True)
-        found.append((best, place))
-        scores.scatter_(-1, place, -torch.inf)
-    if not found:
-        return scores[..., :0], torch.zeros_like(scores[..., :0], dtype=torch.long)
-    best, place = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
-    return best, place
+    count = min(top_k, scores.shape[-1])
+    if count == scores.shape[-1] or not count:
+        return scores.sort(dim=-1, descending=True, stable=True)
+    best, place = scores.topk(count + 1)
+    least, next_one = best[..., count - 1], best[..., count]
+    tied = (least == next_one) & (next_one > -torch.inf)
+    if bool(tied.any()):  # which of equal ones `topk` takes is not said
+        chosen = scores[tied].sort(dim=-1, descending=True, stable=True)
+        best[tied], place[tied] = chosen.values[..., : count + 1], chosen.indices[..., : count + 1]
+    place, order = place[..., :count].sort(-1)
+    best, order = best[..., :count].gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return best, place.gather(-1, order)

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from mka.ops.precision import wide, without_autocast
 
-QUERY_PAIRS = 2**17
+QUERY_PAIRS = 2**16
 """Pairs of the queries that are sorted together: what is stored besides the result does not grow with T."""
 BLOCK = 16
 """Pairs that are a dense product with their chunk."""
@@ -65,11 +65,14 @@ def chunk_attention(
     """
     o, lse = reads_like(q)
     groups, width = k.shape[2:]
-    for tile in query_tiles(chunk):
-        shape = (*chunk[:, tile].shape, q.shape[2] // groups)
+    tiles, repeats = list(query_tiles(chunk)), q.shape[2] // groups
+    most = max((chunk[:, tile].numel() for tile in tiles), default=0) + 1
+    tops, totals = o.new_empty(most, repeats), o.new_zeros(most, repeats)
+    values = o.new_zeros(most, repeats * width)  # of a pair that was not found it keeps something finite
+    for tile in tiles:
+        shape = (*chunk[:, tile].shape, repeats)
         pairs = math.prod(shape[:4])
-        top = o.new_full((pairs + 1, shape[4]), -torch.inf)
-        total, read = torch.zeros_like(top), o.new_zeros(pairs + 1, shape[4] * width)
+        top, total, read = (x[: pairs + 1] for x in (tops.fill_(-torch.inf), totals, values))
         for block in blocks(q[:, tile], k, v, chunk[:, tile], found[:, tile], chunk_size, seen):
             scores = block.scores()
             highest = scores.amax(-1)
@@ -80,7 +83,7 @@ def chunk_attention(
         highest = top.amax(3)
         weight = (top - highest.clamp(min=torch.finfo(o.dtype).min).unsqueeze(3)).exp_()
         denominator = (weight * total).sum(3)
-        read = read[:pairs].view(*shape, width).mul_(weight.unsqueeze(-1)).sum(3)
+        read = (read[:pairs].view(*shape, width) * weight.unsqueeze(-1)).sum(3)
         o[:, tile] = (read / denominator.masked_fill(denominator == 0, 1).unsqueeze(-1)).flatten(2, 3)
         lse[:, tile] = (highest + denominator.log()).flatten(2)
     return o, lse
