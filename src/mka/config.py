@@ -27,6 +27,8 @@ Mix = Literal["joint", "routed"]
 MIXES: tuple[Mix, ...] = ("joint", "routed")
 LongTermPositions = Literal["true", "clamped", "none"]
 LONGTERM_POSITIONS: tuple[LongTermPositions, ...] = ("true", "clamped", "none")
+LOCAL_WINDOW = 128
+"""Of mka and fmka, in tokens, where nothing else is said."""
 SINK_TOKENS = 4
 """Attention sinks where nothing else is said."""
 SessionDecay = float | Literal["learned"] | None
@@ -207,8 +209,16 @@ class BenchmarkConfig:
     """Repeat everything with each seed; report mean and spread. None given: 0."""
     num_groups: int = 4
     """Key/value heads of gqa."""
-    local_window: int | None = 128
-    """Tokens of the local level of mka and fmka, the current one included; None: the whole past."""
+    local_window: int | Literal["auto"] | None = "auto"
+    """Tokens that a token sees, itself included, in every mechanism; None: the whole past. auto: 128 for mka and fmka,
+    and no window for the others."""
+    sink_tokens: int | None = None
+    """First tokens of a row that every window sees; None: 4, or as many as a smaller window has room for."""
+    mix: Mix = "joint"
+    """mka reads its levels by one softmax (joint), or by one each, weighed by the router (routed)."""
+    longterm_positions: LongTermPositions = "true"
+    """Where mka reads retrieved keys, of a model with rotary positions: at their own distance (true), at the window's
+    edge (clamped), or without any (none)."""
     chunk_size: int = 16
     """Tokens of one long-term chunk."""
     top_k: int = 4
@@ -318,14 +328,22 @@ class ResolvedConfig(BenchmarkConfig):
         if self.deepspeed_config is not None and not self.deepspeed:
             raise InputError(f"deepspeed_config is {self.deepspeed_config!r} without --deepspeed; give both")
         session = (self.session_decay, self.session_stride, self.session_slots)
-        check_memory(self.local_window, self.chunk_size, self.top_k, *session)
+        windows = [window_of(kind, self) for kind in self.attention_type]
+        check_memory(next((w for w in windows if w is not None), None), self.chunk_size, self.top_k, *session)
+        if self.mix not in MIXES:
+            raise unknown_name("mix", self.mix, MIXES)
+        if self.longterm_positions not in LONGTERM_POSITIONS:
+            raise unknown_name("longterm_positions", self.longterm_positions, LONGTERM_POSITIONS)
+        windowed = [window for window in windows if window is not None]
+        for window in windowed or [None]:
+            check_sinks(window, self.sink_tokens)
         preset = PRESETS[self.preset]
         kv_heads = self.num_groups if "gqa" in self.attention_type or self.match == "cache" else 1
         check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads, "num_groups")
 
 
 OPTION_FLAGS = (
-    *("num_groups", "local_window", "chunk_size", "top_k"),
+    *("num_groups", "local_window", "sink_tokens", "mix", "chunk_size", "top_k", "longterm_positions"),
     *("session_decay", "session_stride", "session_slots"),
 )
 """Flags that one mechanism takes and another does not."""
@@ -333,13 +351,25 @@ OPTION_FLAGS = (
 
 def attention_options(kind: str, config: BenchmarkConfig) -> dict[str, object]:
     """Keyword arguments of `build_attention(kind, ...)` that the benchmark's flags set."""
+    options: dict[str, object] = {}
+    if (window := window_of(kind, config)) is not None or kind in ("mka", "fmka"):
+        options["local_window"] = window
+    if window is not None and config.sink_tokens is not None:
+        options["sink_tokens"] = config.sink_tokens
     if kind == "gqa":
-        return {"num_kv_heads": config.num_groups}
+        options["num_kv_heads"] = config.num_groups
     if kind in ("mka", "fmka"):
-        names = ["local_window", "chunk_size", "top_k", "session_decay"]
-        names += ["session_stride", "session_slots"] if kind == "mka" else []
-        return {name: getattr(config, name) for name in names}
-    return {}
+        names = ["chunk_size", "top_k", "session_decay"]
+        names += ["mix", "longterm_positions", "session_stride", "session_slots"] if kind == "mka" else []
+        options |= {name: getattr(config, name) for name in names}
+    return options
+
+
+def window_of(kind: str, config: BenchmarkConfig) -> int | None:
+    """The window that a mechanism has with these flags."""
+    if config.local_window == "auto":
+        return LOCAL_WINDOW if kind in ("mka", "fmka") else None
+    return config.local_window
 
 
 @dataclass(frozen=True, kw_only=True)
