@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from checks import close
-from mka.ops.attend import MIN_BLOCK, attend_causal, attend_masked
+from mka.ops import attend
+from mka.ops.attend import MIN_BLOCK, Read, Window, attend_masked, attend_window, both, mixed, shares_of
 
 WINDOWS = [1, 2, MIN_BLOCK - 1, MIN_BLOCK, MIN_BLOCK + 1, 2 * MIN_BLOCK, 100, None]
 LENGTHS = [1, 63, 64, 65, 127, 128, 129, 200, 1000]
@@ -42,6 +43,10 @@ def causal(tokens: int, window: int | None) -> Tensor:
     t = torch.arange(tokens)
     distance = t[:, None] - t
     return (distance >= 0) & (distance < (tokens if window is None else window))
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None = None) -> Tensor:
+    return attend.attend_causal(q, k, v, None if window is None else Window(window), scale).values
 
 
 def same_outputs_and_gradients(fast: Tensor, slow: Tensor, inputs: list[Tensor]) -> None:
@@ -98,7 +103,7 @@ def test_masked_rows_that_see_nothing_give_zeros_and_finite_gradients(dtype: tor
     empty = torch.zeros(19, dtype=torch.bool)
     empty[[0, 1, 7, 18]] = True
     mask = mask & (~empty[None, :, None, None] if per_head else ~empty[:, None])
-    out = attend_masked(q, k, v, mask)
+    out = attend_masked(q, k, v, mask).values
     assert (out[:, empty] == 0).all()
     grads = torch.autograd.grad(out.sum(), [q, k, v], retain_graph=True)
     assert all(grad.isfinite().all() for grad in grads)
@@ -107,6 +112,114 @@ def test_masked_rows_that_see_nothing_give_zeros_and_finite_gradients(dtype: tor
 
 def test_a_mask_with_no_true_at_all() -> None:
     q, k, v = heads(5, slots=3)
-    out = attend_masked(q, k, v, torch.zeros(5, 3, dtype=torch.bool))
+    out = attend_masked(q, k, v, torch.zeros(5, 3, dtype=torch.bool)).values
     assert (out == 0).all()
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), [q, k, v]))
+
+
+RULES = [
+    Window(5, 4),
+    Window(64, 1),
+    Window(70, 4),
+    Window(5, 4, chunk=3),
+    Window(66, 6, chunk=7),
+    Window(9, 2, chunk=64),
+    Window(6, 3, chunk=4, until=90),
+    Window(30, 4, until=133),
+]
+every_rule = pytest.mark.parametrize("window", RULES, ids=str)
+
+
+def seen_by(window: Window, first: int, tokens: int) -> Tensor:
+    """(tokens, first + tokens) bool: what the rule says, one pair at a time."""
+    rows = []
+    for t in range(first, first + tokens):
+        begin = (t + 1 - window.size) // window.chunk * window.chunk
+        sinks = 0 if window.until is not None and t > window.until else window.sinks
+        rows.append([s <= t and (s >= begin or s < sinks) for s in range(first + tokens)])
+    return torch.tensor(rows)
+
+
+def log_sums(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = torch.einsum("bthd,bshd->bths", q, k) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~mask[None, :, None], -torch.inf).logsumexp(-1)
+
+
+@every_rule
+@pytest.mark.parametrize("tokens", [7, 64, 65, 131, 200, 300])
+@pytest.mark.parametrize("lse", [False, True])
+def test_sinks_chunks_and_distances_around_the_blocks(window: Window, tokens: int, lse: bool) -> None:
+    q, k, v = heads(tokens)
+    mask = seen_by(window, 0, tokens)
+    read = attend.attend_causal(q, k, v, window, lse=lse)
+    same_outputs_and_gradients(read.values, dense(q, k, v, mask), [q, k, v])
+    if lse:
+        sums = attend.attend_causal(q, k, v, window, lse=True).sums
+        close(sums, log_sums(q, k, mask))
+        ours, theirs = (torch.autograd.grad(x.sin().sum(), [q, k]) for x in (sums, log_sums(q, k, mask)))
+        for a, b in zip(ours, theirs, strict=True):
+            close(a, b)
+
+
+@every_rule
+@pytest.mark.parametrize("first", [1, 5, 63, 64, 140])
+@pytest.mark.parametrize("tokens", [1, 65, 150])
+def test_a_window_that_goes_on_after_keys_before(window: Window, first: int, tokens: int) -> None:
+    """Of the keys before, as many as the windows reach; the sinks come on their own."""
+    whole = heads(first + tokens)
+    q, k, v = whole[0][:, first:], *whole[1:]
+    before = min(first, window.reach - 1)
+    mask = seen_by(window, first, tokens)
+    sinks = k[:, : window.sinks], v[:, : window.sinks]
+    read = attend_window(q, k[:, first - before :], v[:, first - before :], sinks, window, first, lse=True)
+    same_outputs_and_gradients(read.values, dense(q, k, v, mask), whole)
+    close(read.sums, log_sums(q, k, mask))
+
+
+@every_rule
+def test_tokens_seen_are_counted(window: Window) -> None:
+    seen = seen_by(window._replace(until=None), 0, 150).sum(1).tolist()
+    assert [window.tokens_seen(t + 1) for t in range(150)] == seen
+    t = torch.arange(150)
+    assert torch.equal(window.sees(t[:, None], t), seen_by(window, 0, 150))
+
+
+def test_two_reads_are_one_softmax() -> None:
+    """Of four keys each, one of the first read's queries without any, and one of both."""
+    q, k, v = heads(6, slots=8)
+    mask = torch.rand(6, 8, generator=torch.Generator().manual_seed(1)) < 0.7
+    mask[1, :4], mask[2], mask[3, 4:] = False, False, False
+    parts = [attend_masked(q, k[:, s], v[:, s], mask[:, s], lse=True) for s in (slice(0, 4), slice(4, 8))]
+    one = both(*parts)
+    same_outputs_and_gradients(one.values, dense(q, k, v, mask), [q, k, v])
+    close(one.sums.exp(), log_sums(q, k, mask).exp())
+
+
+def test_shares_of_reads() -> None:
+    """By hand: three reads of one number each, with scores 1, 2 and nothing, a bias and a factor."""
+    q = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    reads = [Read(q + value, q[..., 0] + score) for value, score in ((3.0, 1.0), (5.0, 2.0), (7.0, -torch.inf))]
+    bias, factor = q[..., 0] - 0.5, torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    weights = shares_of(reads, [None, bias, bias], [None, factor, None]).flatten()
+    a, b = torch.tensor(1.0).double().exp(), 0.25 * torch.tensor(1.5).double().exp()
+    close(weights, torch.stack([a, b, a * 0]) / (a + b))
+    close(mixed(weights.view(3, 1, 1, 1), reads).flatten(), (3 * a + 5 * b)[None] / (a + b))
+    shut = shares_of(reads, [None, bias, bias], [None, factor * 0, None]).flatten()
+    assert shut.tolist() == [1, 0, 0]
+
+
+def test_a_factor_of_zero_shuts_what_matches_best_and_has_a_gradient() -> None:
+    q = torch.zeros(1, 1, 1, 1)
+    reads = [Read(q + 1, q[..., 0]), Read(q + 2, q[..., 0] + 1000)]
+    factor = torch.zeros((), requires_grad=True)
+    weights = shares_of(reads, [None, None], [None, factor])
+    assert weights.flatten().tolist() == [1, 0]
+    (slope,) = torch.autograd.grad(weights[1].sum(), factor)
+    assert slope > 0
+    assert slope.isfinite()
+
+
+def test_what_was_not_asked_for_is_not_there() -> None:
+    with pytest.raises(ValueError, match="lse=True"):
+        _ = Read(torch.zeros(1)).sums

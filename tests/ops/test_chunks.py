@@ -9,11 +9,12 @@ from torch import Tensor
 
 from checks import close
 from mka.memory.longterm import Retrieved, gather_chunks
-from mka.ops import chunks
+from mka.ops import chunks, unions
 from mka.ops.attend import attend_masked
 from mka.ops.chunks import chunk_attention
+from mka.ops.unions import attend_unions
 
-Way = Callable[[Tensor, Tensor, Tensor, Retrieved, int], Tensor]
+Way = Callable[..., Tensor]
 
 # rows, queries, keys, heads, groups, head size, chunk size, top-k
 CASES = [
@@ -28,15 +29,38 @@ CASES = [
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def by_sorting(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int) -> Tensor:
-    return chunk_attention(q, k, v, *retrieved, chunk_size)[0]
+def by_sorting(
+    q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int, seen: Tensor | None = None
+) -> Tensor:
+    return chunk_attention(q, k, v, *retrieved, chunk_size, seen)[0]
 
 
-def under_a_mask(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int) -> Tensor:
+def by_gathering(*inputs: Any) -> Tensor:
+    return gather_chunks(*inputs).values
+
+
+def by_unions(
+    q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int, seen: Tensor | None = None
+) -> Tensor:
+    together = attend_unions(q, k, v, *retrieved, chunk_size, seen)
+    assert together is not None
+    return together[0]
+
+
+def under_a_mask(
+    q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int, seen: Tensor | None = None
+) -> Tensor:
     """The plain form: every query is compared with every key."""
     reach = k.shape[1] // chunk_size * chunk_size
     mask = chunk_mask(retrieved, k.shape[1] // chunk_size, chunk_size)
-    return attend_masked(q, k[:, :reach], v[:, :reach], mask)
+    mask = mask if seen is None else mask & seen[:reach]
+    return attend_masked(q, k[:, :reach], v[:, :reach], mask).values
+
+
+@pytest.fixture(autouse=True)
+def any_union(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random choices are not alike; here they are read together all the same."""
+    monkeypatch.setattr(unions, "LARGEST_UNION", 10**6)
 
 
 def chunk_mask(retrieved: Retrieved, num_chunks: int, chunk_size: int) -> Tensor:
@@ -69,7 +93,7 @@ def gradients(y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(y, inputs, direction)
 
 
-@pytest.mark.parametrize("way", [by_sorting, gather_chunks])
+@pytest.mark.parametrize("way", [by_sorting, by_gathering, by_unions])
 @cases
 def test_equals_attention_under_a_mask(case: tuple[int, ...], way: Way) -> None:
     q, k, v, retrieved, chunk_size = inputs(case)
@@ -77,6 +101,42 @@ def test_equals_attention_under_a_mask(case: tuple[int, ...], way: Way) -> None:
     close(fast, plain)
     for ours, theirs in zip(gradients(fast, (q, k, v)), gradients(plain, (q, k, v)), strict=True):
         close(ours, theirs)
+
+
+@pytest.mark.parametrize("way", [by_sorting, by_gathering, by_unions])
+@cases
+def test_tokens_that_are_not_seen(case: tuple[int, ...], way: Way) -> None:
+    """The first tokens of every row, but never a whole chunk."""
+    q, k, v, retrieved, chunk_size = inputs(case)
+    seen = torch.arange(k.shape[1]) >= min(3, chunk_size - 1)
+    fast, plain = (f(q, k, v, retrieved, chunk_size, seen) for f in (way, under_a_mask))
+    close(fast, plain)
+    for ours, theirs in zip(gradients(fast, (q, k, v)), gradients(plain, (q, k, v)), strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "size"), [("QUERIES", 3), ("QUERIES", 1), ("GATHERED", 1), ("GATHERED", 700)])
+@cases
+def test_tiles_of_neighbours_change_nothing(
+    case: tuple[int, ...], name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v, retrieved, chunk_size = inputs(case)
+    whole = attend_unions(q, k, v, *retrieved, chunk_size, None)
+    monkeypatch.setattr(unions, name, size)
+    cut = attend_unions(q, k, v, *retrieved, chunk_size, None)
+    assert whole is not None
+    assert cut is not None
+    close(cut[0], whole[0])
+    close(cut[1].exp(), whole[1].exp())
+
+
+def test_neighbours_that_choose_differently_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 queries, each with a chunk of its own; then all of them with one."""
+    q, k, v = (torch.randn(1, 32, 1, 4, generator=torch.Generator().manual_seed(0)) for _ in range(3))
+    chunk = torch.arange(32).view(1, 32, 1, 1)
+    monkeypatch.setattr(unions, "LARGEST_UNION", 31)
+    assert attend_unions(q, k, v, chunk, chunk >= 0, 1, None) is None
+    assert attend_unions(q, k, v, chunk * 0, chunk >= 0, 1, None) is not None
 
 
 @cases
@@ -91,7 +151,7 @@ def test_tiles_and_blocks_change_nothing(case: tuple[int, ...], monkeypatch: pyt
         close(ours, theirs)
 
 
-@pytest.mark.parametrize("way", [by_sorting, gather_chunks])
+@pytest.mark.parametrize("way", [by_sorting, by_gathering, by_unions])
 def test_nothing_found_reads_zeros_and_gives_no_gradient(way: Way) -> None:
     q, k, v, retrieved, chunk_size = inputs(CASES[1])
     read = way(q, k, v, retrieved, chunk_size)[:, : 63 // 3]
@@ -104,16 +164,29 @@ def test_the_log_sum_exp_is_that_of_the_scores() -> None:
     scores = torch.einsum("btgrd,bsgd->btgrs", q.unflatten(2, (4, 1)), k) / 2
     mask = chunk_mask(retrieved, 40, chunk_size)
     expected = scores.masked_fill(~mask.unsqueeze(3), -torch.inf).logsumexp(-1).flatten(2)
-    lse = chunk_attention(q, k, v, *retrieved, chunk_size)[1]
-    close(lse.exp(), expected.exp())
-    assert not lse.requires_grad, "its gradient would be left out"
+    there = (expected > -torch.inf).detach()
+    for lse in (
+        chunk_attention(q, k, v, *retrieved, chunk_size, None)[1],
+        gather_chunks(q, k, v, retrieved, chunk_size, lse=True).sums,
+        (attend_unions(q, k, v, *retrieved, chunk_size, None) or ())[1],
+    ):
+        close(lse.exp(), expected.exp())
+        ours, theirs = (torch.autograd.grad(x[there].sin().sum(), [q, k], retain_graph=True) for x in (lse, expected))
+        for a, b in zip(ours, theirs, strict=True):
+            close(a, b)
 
 
 @pytest.mark.parametrize("keys", [9, 10])
 def test_gradcheck_and_the_custom_operator(keys: int) -> None:
     q, k, v, retrieved, chunk_size = inputs((1, 12, keys, 2, 1, 2, 3, 2))
-    assert torch.autograd.gradcheck(lambda q, k, v: by_sorting(q, k, v, retrieved, chunk_size), (q, k, v))
-    torch.library.opcheck(torch.ops.mka.chunk_attention.default, (q, k, v, *retrieved, chunk_size))
+    seen = torch.arange(keys) >= 1
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        o, lse = chunk_attention(q, k, v, *retrieved, chunk_size, seen)
+        return o, lse.masked_fill(lse == -torch.inf, 0)
+
+    assert torch.autograd.gradcheck(both, (q, k, v))
+    torch.library.opcheck(torch.ops.mka.chunk_attention.default, (q, k, v, *retrieved, chunk_size, seen))
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e-30])
@@ -151,6 +224,6 @@ def test_what_is_stored_does_not_grow_with_the_square_of_the_row() -> None:
     for tokens in (8192, 16384):
         q, k, v, retrieved, chunk_size = inputs((1, tokens, tokens, 2, 1, 4, 16, 4), torch.float32)
         with LargestOutput() as outputs:
-            operator._init_fn(q, k, v, *retrieved, chunk_size)  # what it runs
+            operator._init_fn(q, k, v, *retrieved, chunk_size, None)  # what it runs
         sizes.append(outputs.numel)
     assert sizes[1] <= 2 * sizes[0]

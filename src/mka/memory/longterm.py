@@ -147,16 +147,19 @@ def attend_chunks(
     chunk_size: int,
     seen: Tensor | None = None,
     *,
+    sinks: int = 0,
     lse: bool = False,
 ) -> Read:
     """Attention of each query to the tokens of the chunks it retrieved; nothing is read where nothing was found.
 
     q (B, T, H, D), k and v (B, S, G, D) with S at least the tokens of all completed chunks, of which those are read
-    where `seen` (S,) is True (None: all). Returns (B, T, H, D).
+    where `seen` (S,) is True, or without it all but the first `sinks`. Returns (B, T, H, D).
     """
     tokens, top_k = retrieved.chunk.shape[1], retrieved.chunk.shape[3]
     if tokens * top_k <= max(GATHERED_PAIRS, GATHERED_PAIRS_PER_CHUNK * k.shape[1] // chunk_size):
-        return gather_chunks(q, k, v, retrieved, chunk_size, seen, lse=lse)
+        return gather_chunks(q, k, v, retrieved, chunk_size, seen, sinks=sinks, lse=lse)
+    if seen is None and sinks:
+        seen = torch.arange(k.shape[1], device=q.device) >= sinks
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         together = attend_unions(q, k, v, *retrieved, chunk_size, seen)
         if together is not None:
@@ -173,6 +176,7 @@ def gather_chunks(
     chunk_size: int,
     seen: Tensor | None = None,
     *,
+    sinks: int = 0,
     lse: bool = False,
 ) -> Read:
     """`attend_chunks` for few queries: each has a copy of its tokens."""
@@ -183,8 +187,8 @@ def gather_chunks(
     group = torch.arange(groups, device=q.device).view(-1, 1)
     keys, values = (x[rows, index, group].flatten(0, 2).unsqueeze(2) for x in (k, v))  # (B T G, K c, 1, D)
     mask = retrieved.found.repeat_interleave(chunk_size, dim=3)
-    if seen is not None:
-        mask = mask & seen[index]
+    if seen is not None or sinks:
+        mask = mask & (index >= sinks if seen is None else seen[index])
     queries = q.unflatten(2, (groups, -1)).flatten(0, 2).unsqueeze(1)  # (B T G, 1, H / G, D)
     read = attend_masked(queries.to(k.dtype), keys, values, mask.flatten(0, 2)[:, None, None], lse=lse)
     read = each(read, lambda x: x.flatten(1, 2).unflatten(0, (batch, tokens, groups)).flatten(2, 3))
@@ -330,8 +334,7 @@ def attend_held(
     """`attend_chunks` or `attend_records`, whichever the chunks need."""
     keys, values = chunks.keys, chunks.values
     if turn is None and isinstance(keys, Tensor) and isinstance(values, Tensor):
-        seen = torch.arange(keys.shape[1], device=q.device) >= sinks if sinks else None
-        return attend_chunks(q, keys, values, retrieved, chunk_size, seen, lse=lse)
+        return attend_chunks(q, keys, values, retrieved, chunk_size, sinks=sinks, lse=lse)
     keys, values = (InTensor(x, chunk_size) if isinstance(x, Tensor) else x for x in (keys, values))
     banked = chunks.banked
     return attend_records(q, keys, values, retrieved, chunk_size, sinks=sinks, banked=banked, turn=turn, lse=lse)

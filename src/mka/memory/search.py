@@ -18,7 +18,7 @@ from mka.ops.precision import no_autocast, upcast
 
 QUERY_TILE, SUMMARY_TILE = 512, 4096
 """Queries and summaries scored at once: the scores take no more than that of each group, whatever T is."""
-SCORES = 2**22
+SCORES = 2**20
 """Scores of all heads that are normalised at once."""
 
 
@@ -115,22 +115,27 @@ def retrieve_as_read(
         others = None if far is None or is_near is None else by_group(far, groups, scale)
         for tile in steps(tokens, max(1, SCORES // max(1, batch * heads * chunks))):
             reach = chunks if t is not None else limits.reach(tile.stop)
-            score = queries[:, :, :, tile] @ keys[..., :reach]  # (B, G, R, t, J)
+            score = products(queries[:, :, :, tile], keys[..., :reach])
             if others is not None and is_near is not None:
-                other = others[0][:, :, :, tile] @ others[1][..., :reach]
+                other = products(others[0][:, :, :, tile], others[1][..., :reach])
                 score = torch.where(is_near[:, None, None, tile, :reach], score, other)
-            score = score.nan_to_num()  # a huge finite query may overflow
+            score = score.nan_to_num_()  # a huge finite query may overflow
             limits.hide(score, end[:, None, None, tile])
-            mass = score.softmax(-1).nan_to_num().sum(2)
+            mass = score.softmax(-1).nan_to_num_().sum(2)
             limits.hide(mass, end[:, None, tile])
             tiles.append(kept(*top_by_place(mass, limits.top_k), limits.top_k))
     return taken(tiles)
 
 
 def by_group(pair: AsRead, groups: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Queries (B, G, R, T, D), scaled, and keys (B, G, 1, D, J), both float32 or better."""
+    """Queries (B, G, R, T, D), scaled, and keys (B, G, D, J), both float32 or better."""
     q = upcast(pair.queries) * scale
-    return q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4), pair.keys.to(q.dtype).permute(0, 2, 3, 1).unsqueeze(2)
+    return q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4), pair.keys.to(q.dtype).permute(0, 2, 3, 1)
+
+
+def products(queries: Tensor, keys: Tensor) -> Tensor:
+    """(B, G, R, t, J): the heads of a group are rows of one product, which reads its keys once."""
+    return (queries.flatten(2, 3) @ keys).unflatten(2, queries.shape[2:4])
 
 
 def steps(tokens: int, step: int) -> Iterator[slice]:

@@ -5,7 +5,7 @@
     mask     q0: # . #   q1: # # .   q2: # . #   q3: . # #
 
 Neighbours choose alike where text is read: 32 of them together about 4 times what one of them does, read in long
-products by the fused kernel. Where they do not, sorting by chunk is faster (`mka.ops.chunks`), and the caller is told so.
+products by the fused kernel. Where they do not, sorting by chunk is faster (`mka.ops.chunks`), and the caller is told.
 
 Shapes: q (B, T, H, D), k and v (B, S, G, D), chunk and found (B, T, G, K), seen (S,); c = chunk_size, J = S // c.
 """
