@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mka.memory.longterm import Retrieved
+from mka.memory.search import AsRead, Limits, Retrieved
 
 
 def rule(t: int, chunk_size: int, window: int) -> list[int]:
@@ -14,18 +14,44 @@ def rule(t: int, chunk_size: int, window: int) -> list[int]:
     return [j for j in range(t + 1) if (j + 1) * chunk_size <= edge]
 
 
+def candidates_of(t: int, limits: Limits) -> list[int]:
+    """The chunks of a bank, and those of the rule that are not sinks alone."""
+    own = [j for j in rule(t, limits.chunk_size, limits.window) if (j + 1) * limits.chunk_size > limits.sinks]
+    return [*range(limits.banked), *(j + limits.banked for j in own)]
+
+
+def brute_force_as_read(
+    near: AsRead, far: AsRead | None, is_near: Tensor | None, limits: Limits, at: Tensor | None = None
+) -> Retrieved:
+    """`retrieve_as_read`, a query and a chunk at a time."""
+    assert at is None
+    (batch, tokens, heads, width), groups = near.queries.shape, near.keys.shape[2]
+    chunk = torch.zeros(batch, tokens, groups, limits.top_k, dtype=torch.long)
+    found = torch.zeros_like(chunk, dtype=torch.bool)
+    for b in range(batch):
+        for t in range(tokens):
+            allowed = candidates_of(t, limits)
+            for g in range(groups):
+                mass = torch.zeros(len(allowed), dtype=near.queries.dtype)
+                for h in range(g * heads // groups, (g + 1) * heads // groups):
+                    scores = []
+                    for j in allowed:
+                        close_by = is_near is None or bool(is_near.expand(batch, -1, -1)[b, t, j])
+                        pair = near if close_by or far is None else far
+                        scores.append(pair.queries[b, t, h] @ pair.keys[b, j, g] / width**0.5)
+                    mass += torch.stack(scores).softmax(0) if scores else 0
+                order = sorted(range(len(allowed)), key=lambda i: (-mass[i].item(), i))[: limits.top_k]
+                for rank, i in enumerate(order):
+                    chunk[b, t, g, rank], found[b, t, g, rank] = allowed[i], True
+    return Retrieved(chunk, found)
+
+
 def brute_force(
-    queries: Tensor,
-    summaries: Tensor,
-    at: Tensor | None = None,
-    *,
-    chunk_size: int,
-    window: int,
-    top_k: int,
-    later_wins: bool = False,
+    queries: Tensor, summaries: Tensor, limits: Limits, at: Tensor | None = None, *, later_wins: bool = False
 ) -> Retrieved:
     """The whole row at once: `at`, the token indices of a call with a state, is None."""
     assert at is None
+    top_k = limits.top_k
     batch, tokens, groups, _ = queries.shape
     index = torch.zeros(batch, tokens, groups, top_k, dtype=torch.long)
     found = torch.zeros_like(index, dtype=torch.bool)
@@ -33,7 +59,7 @@ def brute_force(
     for b in range(batch):
         for t in range(tokens):
             for g in range(groups):
-                allowed = rule(t, chunk_size, window)
+                allowed = candidates_of(t, limits)
                 order = sorted((-scores[b, t, g, j].item(), -j if later_wins else j, j) for j in allowed)
                 for rank, (*_, j) in enumerate(order[:top_k]):
                     index[b, t, g, rank] = j
@@ -57,5 +83,5 @@ def assert_only_completed_chunks_outside_the_window(retrieved: Retrieved, chunk_
 def assert_earlier_chunk_wins_ties(retrieve: Callable[..., Retrieved]) -> None:
     queries, summaries = torch.ones(1, 24, 1, 2), torch.ones(1, 8, 1, 2)
     summaries[:, 5] = 2.0
-    chosen = retrieve(queries, summaries, chunk_size=3, window=0, top_k=3).chunk[0, -1, 0]
+    chosen = retrieve(queries, summaries, Limits(3, 0, 3)).chunk[0, -1, 0]
     assert chosen.tolist() == [5, 0, 1]

@@ -1,4 +1,4 @@
-"""States whose long-term memory is kept and searched in every way."""
+"""States whose long-term memory is kept in every way."""
 
 from typing import Any
 
@@ -8,6 +8,6 @@ from mka.memory.places import LongTerm
 from mka.memory.state import State
 
 
-def state_of(attn: CausalAttention, rows: int, store: Any, find: Any, **options: Any) -> State:
-    config = LongTermConfig(longterm_store=store, longterm_search=find)
+def state_of(attn: CausalAttention, rows: int, store: Any, **options: Any) -> State:
+    config = LongTermConfig(longterm_store=store)
     return attn.initial_state(rows, longterm=LongTerm.of(config), **options)

@@ -9,9 +9,10 @@ import pytest
 import mka.attention
 import mka.memory.bank
 from mka.memory import disk, local, longterm, search, state
-from mka.ops import attend, chunks, scan
+from mka.ops import attend, chunks, fused, scan, unions
 
 Change = tuple[Any, str, Any]
+NEVER_GATHERED: list[Change] = [(longterm, "GATHERED_PAIRS", 0), (longterm, "GATHERED_PAIRS_PER_CHUNK", 0)]
 SWITCHES: dict[str, list[Change]] = {
     "windowed blocks of two": [(attend, "MIN_BLOCK", 2), (local, "MIN_BLOCK", 2)],
     "a mask for three queries": [(attend, "QUERY_TILE", 3)],
@@ -22,12 +23,15 @@ SWITCHES: dict[str, list[Change]] = {
     "three blocks at once": [(chunks, "BLOCKS", 3)],
     "a scan in blocks of two": [(scan, "block_size", lambda tokens: 2)],
     "a scan in one block": [(scan, "block_size", lambda tokens: 128)],
-    "five queries scored at once": [(longterm, "QUERY_TILE", 5)],
-    "four summaries scored at once": [(longterm, "SUMMARY_TILE", 4)],
-    "runs of two scores": [(longterm, "RUN", 2)],
-    "runs of one score": [(longterm, "RUN", 1)],
-    "runs, and tiles of summaries": [(longterm, "RUN", 2), (longterm, "SUMMARY_TILE", 9)],
-    "always sorted by chunk": [(longterm, "GATHERED_PAIRS", 0), (longterm, "GATHERED_PAIRS_PER_CHUNK", 0)],
+    "five queries scored at once": [(search, "QUERY_TILE", 5)],
+    "four summaries scored at once": [(search, "SUMMARY_TILE", 4)],
+    "all heads of one query scored at once": [(search, "SCORES", 1)],
+    "the scores of few queries at once": [(search, "SCORES", 300)],
+    "always sorted by chunk": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 0)],
+    "neighbours always together": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 10**9)],
+    "three neighbours together": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 10**9), (unions, "QUERIES", 3)],
+    "few unions at once": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 10**9), (unions, "GATHERED", 300)],
+    "no fused kernel": [(fused, "FUSED", ())],
     "always gathered": [(longterm, "GATHERED_PAIRS", 10**9)],
     "stores that grow by one": [(state, "STEP", 1)],
 }
@@ -36,26 +40,20 @@ STORED: dict[str, list[Change]] = {
     "records fetched for one query": [(longterm, "TILE_BYTES", 1)],
     "no page stays mapped": [(disk, "SMALL_READ", 0)],
     "rows copied in pieces": [(disk, "COPY_BYTES", 16)],
-    "codes compared for one query": [(search, "TILE_BYTES", 1)],
-    "few chunks re-ranked": [
-        *((search, "CENTRE_CHUNKS", 2), (search, "RERANKED_LEAST", 1), (search, "RERANKED_SHARE", 3)),
-        *((search, "NEIGHBOURS", 2), (search, "PROPOSED", 1), (longterm, "RUN", 2)),
-    ],
     "documents copied in pieces": [(mka.memory.bank, "COPIED_CHUNKS", 2)],
 }
-"""What chunks that are kept in host memory or in a file, and searched by codes, can meet besides."""
+"""What chunks that are kept in host memory or in a file can meet besides."""
 SMALL_TOGETHER = (
     *("windowed blocks of two", "a mask for three queries", "a scan in blocks of two", "five queries scored at once"),
-    *("runs of two scores", "four summaries scored at once", "always sorted by chunk", "two pairs to a block"),
+    *("four summaries scored at once", "always sorted by chunk", "two pairs to a block"),
     *("three blocks at once", "stores that grow by one", "records fetched for one query"),
 )
 SWITCHES["all of them small"] = [change for name in SMALL_TOGETHER for change in (SWITCHES | STORED)[name]]
 ALL = SWITCHES | STORED
 NO_SWITCHES = {
     "memory.bank.FORMAT",
-    "memory.search.BITS_PER_NUMBER",
-    "memory.search.LENGTH_STEPS",
-    "memory.search.LENGTH_OF_ONE",
+    "ops.attend.LARGEST_RATIO",
+    "ops.fused.CHANNELS",
     "memory.session.SHORTEST",
     "memory.session.LONGEST",
 }

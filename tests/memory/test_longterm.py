@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from checks import close
-from mka.memory.longterm import Retrieved, chunk_means, read_summaries, retrieve
+from mka.memory.longterm import chunk_means, read_summaries
+from mka.memory.search import Limits, Retrieved, retrieve
 
 
 @pytest.mark.parametrize(("tokens", "chunk_size"), [(1, 1), (7, 7), (6, 7), (23, 3), (24, 3), (25, 1)])
@@ -18,6 +19,15 @@ def test_chunk_means_of_completed_chunks(tokens: int, chunk_size: int, rest: tup
         close(means[:, j], x[:, j * chunk_size : (j + 1) * chunk_size].mean(1))
 
 
+@pytest.mark.parametrize(("chunk_size", "sinks"), [(3, 1), (3, 4), (1, 4), (7, 4)])
+def test_sinks_are_no_part_of_a_chunk_mean(chunk_size: int, sinks: int) -> None:
+    x = torch.randn(2, 23, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    means = chunk_means(x, chunk_size, sinks)
+    for j in range(23 // chunk_size):
+        tokens = [s for s in range(j * chunk_size, (j + 1) * chunk_size) if s >= sinks]
+        close(means[:, j], x[:, tokens].mean(1) if tokens else torch.zeros_like(means[:, j]))
+
+
 def test_chunk_means_are_float32_of_bfloat16() -> None:
     x = torch.tensor([1.0, 1 + 2**-7], dtype=torch.bfloat16).view(1, 2, 1)
     assert chunk_means(x, 2).item() == 1 + 2**-8
@@ -27,7 +37,7 @@ def reading(tokens: int = 20, chunk_size: int = 3, window: int = 4, top_k: int =
     generator = torch.Generator().manual_seed(1)
     shapes = [(2, tokens, 5), (2, tokens // chunk_size, 5), (2, tokens // chunk_size, 6)]
     u, keys, means = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
-    found = retrieve(u.unsqueeze(2), keys.unsqueeze(2), chunk_size=chunk_size, window=window, top_k=top_k)
+    found = retrieve(u.unsqueeze(2), keys.unsqueeze(2), Limits(chunk_size, window, top_k))
     return u, keys, means, *found
 
 

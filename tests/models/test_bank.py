@@ -12,11 +12,11 @@ from torch import Tensor
 import checks
 from checks_models import make_model, tokens
 from mka.attention.fmka import FastMemoryKeyedAttention
-from mka.attention.mka import TOKENS, MemoryKeyedAttention
+from mka.attention.mka import TOKENS
 from mka.config import InputError, LongTermConfig
 from mka.memory.bank import Bank, Pieces, file_name, kept_stores
-from mka.memory.longterm import attend_chunks, attend_records, read_summaries
-from mka.memory.search import search
+from mka.memory.longterm import Chunks, attend_held, read_summaries
+from mka.memory.search import AsRead, retrieve, retrieve_as_read
 from mka.memory.state import State
 from mka.models import fingerprint, mechanisms, memory_cache, read_in_pieces, states
 
@@ -36,33 +36,34 @@ def fill(folder: Path, model: Any, documents: list[Tensor]) -> Bank:
 
 
 def read_from(attn: Any, state: State, q: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The chunks of some query vectors at token indices t, and what is read from them."""
-    retrieved = search(queries_of(attn, q), state, attn.index_store, t, attn.limits)
+    """The chunks of some query vectors at token indices t, and what is read from them, all of them far away."""
+    limits = attn.limits(state)
     if isinstance(attn, FastMemoryKeyedAttention):
+        keys = state.all("index_key")
+        retrieved = retrieve(q, keys.unsqueeze(2), limits, t)
         means = state.records("chunk_mean") if state.is_apart("chunk_mean") else state.all("chunk_mean")
-        return retrieved.chunk, read_summaries(q[:, :, 0], state.all(attn.index_store), means, retrieved)
-    if state.is_apart(TOKENS[0]):
-        keys, values = (state.records(name) for name in TOKENS)
-        return retrieved.chunk, attend_records(attn.at_edge(q), keys, values, retrieved, attn.chunk_size)
-    k, v = (state.all(name) for name in TOKENS)
-    return retrieved.chunk, attend_chunks(attn.at_edge(q), k, v, retrieved, attn.chunk_size)
+        return retrieved.chunk, read_summaries(q[:, :, 0], keys, means, retrieved)
+    retrieved = retrieve_as_read(AsRead(q, state.all("far_mean")), None, None, limits, t)
+    keys, values = (state.records(x) if state.is_apart(x) else state.all(x) for x in TOKENS)
+    places = state.all("chunk_place").squeeze(2)
+    chunks = Chunks(keys, values, state.all("chunk_mean"), banked=state.banked)
 
+    def turn(k: Tensor, row: Tensor, chunk: Tensor) -> Tensor:
+        return attn.turned(k.unsqueeze(2), -places[row, chunk].unsqueeze(1)).squeeze(2)
 
-def queries_of(attn: Any, q: Tensor) -> Tensor:
-    return attn.index_queries(q) if isinstance(attn, MemoryKeyedAttention) else q
+    return retrieved.chunk, attend_held(q, chunks, retrieved, attn.chunk_size, 0, turn).values
 
 
 @pytest.mark.parametrize("kind", MEMORIES)
 @pytest.mark.parametrize("store", ["device", "host", "disk"])
-@pytest.mark.parametrize("find", ["exact", "lsh", "faiss"])
 @torch.no_grad()
-def test_a_bank_is_the_text_outside_the_window(kind: str, store: Any, find: Any, tmp_path: Path) -> None:
+def test_a_bank_is_the_text_outside_the_window(kind: str, store: Any, tmp_path: Path) -> None:
     """Layer by layer, for any query vectors: against the state of a model that has just read the document."""
-    model, ids = make_model("llama", kind, dtype=torch.float64), tokens(1, 39)
+    model, ids = make_model("llama", kind, dtype=torch.float64, sink_tokens=0), tokens(1, 39)
     bank = fill(tmp_path / "bank", model, [ids])
     here = memory_cache(model)
     read_in_pieces(model, ids, here)
-    there = memory_cache(model, LongTermConfig(longterm_store=store, longterm_search=find), bank)
+    there = memory_cache(model, LongTermConfig(longterm_store=store), bank)
     read_in_pieces(model, tokens(1, 2), there)
     for attn, near, far in zip(mechanisms(model), states(here), states(there), strict=True):
         one = isinstance(attn, FastMemoryKeyedAttention)
