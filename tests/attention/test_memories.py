@@ -7,7 +7,8 @@ import torch
 
 import checks
 from mka.attention import CausalAttention, FastMemoryKeyedAttention, MemoryKeyedAttention
-from mka.memory.longterm import chunk_means, retrieve
+from mka.memory.longterm import chunk_means
+from mka.memory.search import AsRead, Limits, retrieve, retrieve_as_read
 
 WINDOW, CHUNK, TOKENS, PLANTED = 8, 4, 40, 1
 every_memory_kind = pytest.mark.parametrize("kind", ["mka", "fmka"])
@@ -15,6 +16,7 @@ every_memory_kind = pytest.mark.parametrize("kind", ["mka", "fmka"])
 
 def build(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> CausalAttention:
     options = {"local_window": WINDOW, "chunk_size": CHUNK, "top_k": 20, "session_decay": None, "session_stride": 1}
+    options["sink_tokens"] = 0
     return checks.make(kind, "small", dtype, **options | changes)
 
 
@@ -45,21 +47,34 @@ def test_each_memory_level_reaches_it(kind: str, level: dict[str, Any]) -> None:
 
 def test_one_retrieved_chunk_is_the_one_whose_key_answers_the_query() -> None:
     """A key planted far behind the window is found by the query that asks for it, and by no other group."""
-    attn = build("mka", top_k=1, num_kv_heads=2)
-    assert isinstance(attn, MemoryKeyedAttention)
+    limits = Limits(CHUNK, WINDOW, 1)
     q, k = torch.zeros(1, TOKENS, 4, 4), torch.zeros(1, TOKENS, 2, 4)
     q[0, -1] = 1.0
     k[0, 2 * CHUNK : 3 * CHUNK, 0] = 1.0
     k[0, 5 * CHUNK : 6 * CHUNK, 1] = 1.0
-    found = retrieve(attn.index_queries(q), chunk_means(k, CHUNK), **attn.limits._asdict())
-    assert found.chunk[0, -1].flatten().tolist() == [2, 5]
+    routed = build("mka", mix="routed", num_kv_heads=2)
+    assert isinstance(routed, MemoryKeyedAttention)
+    means = chunk_means(k, CHUNK)
+    for found in (
+        retrieve(routed.index_queries(q), means, limits),
+        retrieve_as_read(AsRead(q, means), None, None, limits),
+    ):
+        assert found.chunk[0, -1].flatten().tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("kind", ["mka", "fmka"])
 def test_the_first_token_with_a_candidate_is_the_first_to_reach_past_the_window(kind: str) -> None:
-    attn, first = build(kind), WINDOW + CHUNK - 1
+    attn, first = build(kind, mix="routed"), WINDOW + CHUNK - 1
     assert not reached(attn, first - 1)[: first - WINDOW].any()
     assert reached(attn, first)[:CHUNK].all()
+
+
+@pytest.mark.parametrize(("window", "chunk_size", "sinks"), [(8, 4, 0), (8, 5, 4), (3, 16, 2)])
+def test_no_token_falls_between_window_and_chunks(window: int, chunk_size: int, sinks: int) -> None:
+    """With every chunk retrieved, joint mka reaches every token from every token."""
+    attn = build("mka", local_window=window, chunk_size=chunk_size, sink_tokens=sinks)
+    for t in range(TOKENS):
+        assert reached(attn, t)[: t + 1].all()
 
 
 def test_without_a_window_mka_has_no_long_term_level_and_fmka_has() -> None:
@@ -79,7 +94,7 @@ def test_fused_keys_are_final_when_written() -> None:
         part = x[:, :tokens]
         q = attn.queries(part)
         t = torch.arange(tokens)[None]
-        return attn.fuse(part, t, attn.router(q, attn.levels_at(t, 0)), None)
+        return attn.fuse(part, attn.weights_at(q, t, 0, None), None)
 
     for tokens in (1, CHUNK, WINDOW + CHUNK, TOKENS - 1):
         checks.close(fused(tokens), fused(TOKENS)[:, :tokens])

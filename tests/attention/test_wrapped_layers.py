@@ -123,6 +123,6 @@ def test_a_layer_without_real_weights_still_makes_a_state(kind: str) -> None:
 def test_the_router_computes_in_float32_whatever_its_weights_are_kept_in() -> None:
     attn = build_attention("mka", hidden_size=16, num_heads=2).bfloat16()
     router: Any = attn.get_submodule("router")
-    q, exists = torch.randn(1, 3, 2, 8, dtype=torch.bfloat16), torch.ones(3, 3, dtype=torch.bool)
-    assert router(q, exists).dtype == torch.float32
+    q = torch.randn(1, 3, 2, 8, dtype=torch.bfloat16)
+    assert router.biases(q).dtype == torch.float32
     assert router.hidden(q.flatten(2)).dtype == torch.float32

@@ -142,7 +142,10 @@ def test_a_document_knows_whose_it_is(tmp_path: Path) -> None:
 
 
 def test_what_a_layer_keeps(tmp_path: Path) -> None:
-    for kind, names in (("mka", {"k", "v", "chunk_mean"}), ("fmka", {"chunk_mean", "index_key"})):
+    for kind, names in (
+        ("mka", {"k", "v", "chunk_mean", "far_mean", "chunk_place"}),
+        ("fmka", {"chunk_mean", "index_key"}),
+    ):
         for windowed in (True, False) if kind == "fmka" else (True,):
             state = mechanisms(make_model("llama", kind, windowed))[0].initial_state(1)
             assert set(kept_stores(state)) == names

@@ -10,9 +10,13 @@ from torch import Tensor
 
 import checks
 import checks_memory
+from mka.attention.grouped import GroupedAttention
+from mka.attention.mka import MemoryKeyedAttention
 from mka.memory import longterm, session
 from mka.memory.router import Router
-from mka.ops import attend
+from mka.memory.search import Limits, Retrieved, retrieve
+from mka.ops import attend, fused
+from mka.ops.attend import Window
 from mka.ops.packing import Packing
 
 TOKENS = 23
@@ -31,24 +35,79 @@ def no_causal_mask(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         attend, "scaled_dot_product_attention", lambda *qkv, **options: real(*qkv, **options | {"is_causal": False})
     )
+    summed = attend.attention_with_lse
+
+    def everything(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Any:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool) if mask is None else mask
+        return summed(q, k, v, mask, scale)
+
+    patch.setattr(attend, "attention_with_lse", everything)
 
 
 def window_one_token_too_wide(patch: pytest.MonkeyPatch) -> None:
-    real = attend._band
-    patch.setattr(attend, "_band", lambda rows, columns, window, device: real(rows, columns, window + 1, device))
+    patch.setattr(Window, "start", lambda window, t: (t - window.size) // window.chunk * window.chunk)
 
 
-def candidates(patch: pytest.MonkeyPatch, rule: Callable[[Tensor, int, int], Tensor]) -> None:
-    patch.setattr(longterm, "num_candidates", rule)
-    patch.setattr("mka.attention.grouped.num_candidates", rule)
+def a_token_that_is_read_twice(patch: pytest.MonkeyPatch) -> None:
+    """Sinks are read beside the window, those that stand in it too."""
+    real = attend.attend_window
+
+    def twice(q: Tensor, k: Tensor, v: Tensor, sinks: Any, window: Window, first: int, scale: Any, *, lse: bool) -> Any:
+        sinkless = real(q, k, v, sinks, window._replace(sinks=0), first, scale, lse=True)
+        beside = torch.ones(q.shape[1], window.sinks, dtype=torch.bool).tril()
+        return attend.both(sinkless, attend.attend_masked(q, *sinks, beside, scale, lse=True), lse=lse)
+
+    patch.setattr(attend, "attend_window", twice)
+
+
+def no_sinks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Window, "sees", lambda window, t, s: (s >= 0) & (s <= t) & (s >= window.start(t)))
+
+
+def a_gap_between_window_and_chunks(patch: pytest.MonkeyPatch) -> None:
+    """The window is exactly as wide as it is said, and up to c - 1 tokens are nowhere."""
+    patch.setattr(MemoryKeyedAttention, "window", property(lambda attn: GroupedAttention.window.fget(attn)))  # pyright: ignore
+
+
+def a_bias_that_leaks_to_another_head(patch: pytest.MonkeyPatch) -> None:
+    real = Router.biases
+    patch.setattr(Router, "biases", lambda router, q: real(router, q).roll(1, 2))
+
+
+def a_log_sum_exp_without_gradient(patch: pytest.MonkeyPatch) -> None:
+    real = fused.attention_with_lse
+
+    def half(*inputs: Any) -> tuple[Tensor, Tensor]:
+        o, lse = real(*inputs)
+        return o, lse.detach()
+
+    patch.setattr(attend, "attention_with_lse", half)
+
+
+def chunks_whose_log_sum_exp_has_no_gradient(patch: pytest.MonkeyPatch) -> None:
+    real = longterm.chunk_attention
+
+    def half(*inputs: Any) -> tuple[Tensor, Tensor]:
+        o, lse = real(*inputs)
+        return o, lse.detach()
+
+    patch.setattr(longterm, "chunk_attention", half)
+    patch.setattr(longterm, "GATHERED_PAIRS", 0)
+    patch.setattr(longterm, "GATHERED_PAIRS_PER_CHUNK", 0)
+
+
+def candidates(patch: pytest.MonkeyPatch, rule: Callable[[Tensor, int], Tensor]) -> None:
+    patch.setattr(Limits, "end", lambda limits, t: rule(t, limits.chunk_size) + limits.banked)
+    reach = lambda limits, context: int(rule(torch.tensor(context - 1), limits.chunk_size)) + limits.banked  # noqa: E731
+    patch.setattr(Limits, "reach", reach)
 
 
 def chunks_not_yet_completed(patch: pytest.MonkeyPatch) -> None:
-    candidates(patch, lambda t, chunk_size, window: t // chunk_size + 1)
+    candidates(patch, lambda t, chunk_size: t // chunk_size + 1)
 
 
 def chunks_inside_the_window(patch: pytest.MonkeyPatch) -> None:
-    candidates(patch, lambda t, chunk_size, window: (t + 1) // chunk_size)
+    candidates(patch, lambda t, chunk_size: (t + 1) // chunk_size)
 
 
 def padding_counts(patch: pytest.MonkeyPatch) -> None:
@@ -57,8 +116,8 @@ def padding_counts(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_mask_in_the_router(patch: pytest.MonkeyPatch) -> None:
-    real = Router.forward
-    patch.setattr(Router, "forward", lambda router, q, exists: real(router, q, torch.ones_like(exists)))
+    real = Router.weights
+    patch.setattr(Router, "weights", lambda router, q, exists: real(router, q, torch.ones_like(exists)))
 
 
 def ties_to_the_later_chunk(patch: pytest.MonkeyPatch, later_wins: bool = True) -> None:
@@ -69,7 +128,8 @@ def ties_to_the_later_chunk(patch: pytest.MonkeyPatch, later_wins: bool = True) 
 def every_slot_is_read(patch: pytest.MonkeyPatch) -> None:
     real = session.attend_slots
     patch.setattr(
-        "mka.attention.mka.attend_slots", lambda q, k, v, stride, _, *rest: real(q, k, v, stride, None, *rest)
+        "mka.attention.mka.attend_slots",
+        lambda q, k, v, stride, _, *rest, lse: real(q, k, v, stride, None, *rest, lse=lse),
     )
 
 
@@ -80,14 +140,16 @@ def infinities_reach_the_attention(patch: pytest.MonkeyPatch) -> None:
 def chunks_merged_without_their_sums(patch: pytest.MonkeyPatch) -> None:
     """Every retrieved chunk weighs the same, whatever its scores."""
 
-    def mean_of_chunks(q: Tensor, k: Tensor, v: Tensor, retrieved: longterm.Retrieved, chunk_size: int) -> Tensor:
+    def mean_of_chunks(q: Tensor, chunks: Any, retrieved: Retrieved, **options: Any) -> attend.Read:
         parts = [
-            longterm.gather_chunks(q, k, v, longterm.Retrieved(*(x[..., i, None] for x in retrieved)), chunk_size)
+            real(q, chunks, Retrieved(*(x[..., i, None] for x in retrieved)), **options)
             for i in range(retrieved.chunk.shape[3])
         ]
-        return torch.stack(parts).mean(0)
+        read = real(q, chunks, retrieved, **options)
+        return read._replace(values=torch.stack([part.values for part in parts]).mean(0))
 
-    patch.setattr("mka.attention.mka.attend_chunks", mean_of_chunks)
+    real = longterm.attend_held
+    patch.setattr("mka.attention.mka.attend_held", mean_of_chunks)
 
 
 def causal_gradient(attn: Any) -> None:
@@ -120,7 +182,14 @@ DEFECTS: list[tuple[Plant, tuple[str, ...], str, tuple[Callable[[Any], None], ..
     (chunks_not_yet_completed, MEMORY, "small", (causal_gradient, causal_values, naive_parity)),
     (chunks_inside_the_window, MEMORY, "small", (naive_parity,)),
     (padding_counts, ALL, "small", (padding_ignored,)),
-    (no_mask_in_the_router, MEMORY, "small", (naive_parity,)),
+    (no_mask_in_the_router, ("fmka",), "small", (naive_parity,)),
+    (no_mask_in_the_router, ("mka",), "routed", (naive_parity,)),
+    (a_token_that_is_read_twice, ALL, "small", (naive_parity,)),
+    (no_sinks, ALL, "small", (naive_parity,)),
+    (a_gap_between_window_and_chunks, ("mka",), "small", (naive_parity,)),
+    (a_bias_that_leaks_to_another_head, ("mka",), "small", (naive_parity,)),
+    (a_log_sum_exp_without_gradient, ("mka",), "small", (naive_parity,)),
+    (chunks_whose_log_sum_exp_has_no_gradient, ("mka",), "small", (naive_parity,)),
     (every_slot_is_read, ("mka",), "small", (naive_parity,)),
     (chunks_merged_without_their_sums, ("mka",), "small", (naive_parity,)),
     (infinities_reach_the_attention, ("mha", "mla", *MEMORY), "no-window", (largest_values,)),
@@ -146,7 +215,7 @@ def test_the_contract_turns_red(
 
 def with_every_score_tied(kind: str) -> Any:
     """Summary keys of zero: every score is zero exactly, while the chunks' contents differ."""
-    attn = checks.make(kind)
+    attn = checks.make(kind, "routed" if kind == "mka" else "small")
     torch.nn.init.zeros_(attn.get_parameter({"mka": "k_proj.weight", "fmka": "index_k_proj.weight"}[kind]))
     return attn
 
@@ -172,7 +241,7 @@ def test_ties_the_other_way_turn_retrieval_red() -> None:
 def test_wrong_candidates_turn_retrieval_red(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     def check() -> None:
         x = checks.rows(1, TOKENS).unsqueeze(2)
-        retrieved = longterm.retrieve(x, longterm.chunk_means(x, 3), chunk_size=3, window=5, top_k=2)
+        retrieved = retrieve(x, longterm.chunk_means(x, 3), Limits(3, 5, 2))
         checks_memory.assert_only_completed_chunks_outside_the_window(retrieved, 3, 5)
 
     check()

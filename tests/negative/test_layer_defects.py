@@ -9,10 +9,9 @@ from torch import nn
 
 import checks
 import checks_wrapped
-from contract import test_state, test_switches
+from contract import test_state
 from memory import test_session
 from mka.attention.base import CausalAttention
-from mka.memory import search
 from mka.memory.session import SessionAverage
 from mka.memory.state import State
 from mka.models.cache import StateLayer
@@ -120,23 +119,5 @@ def test_a_decay_that_rounds_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     check()
     monkeypatch.setattr(SessionAverage, "decay", lambda session, x: torch.sigmoid(session.decay_logit))
-    with pytest.raises(AssertionError):
-        check()
-
-
-@pytest.mark.parametrize("kind", ["mka", "fmka"])
-def test_codes_re_ranked_after_the_longest_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as all chunks say, those of later tokens and longer rows among them."""
-
-    def check() -> None:
-        test_switches.test_every_store_and_search(kind, "few chunks re-ranked", "device", "lsh", monkeypatch)
-
-    check()
-    real = search.retrieve_lsh
-
-    def all_chunks(*given: Any) -> Any:
-        return real(*given, reranked=max(1, given[1].shape[1] // 3))
-
-    monkeypatch.setattr(search, "retrieve_lsh", all_chunks)
     with pytest.raises(AssertionError):
         check()

@@ -59,6 +59,24 @@ def ring_too_small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Entry, "limit", lambda entry, reversible: entry.latest and max(1, entry.latest + reversible - 2))
 
 
+def a_sink_that_is_forgotten_by_crop(patch: pytest.MonkeyPatch) -> None:
+    real = State.crop
+
+    def crop(state: State, num_tokens: int) -> State:
+        for name, entry in state.entries.items():
+            if entry.first:
+                state.tensors[name][:, : entry.first] = 0
+        return real(state, num_tokens)
+
+    patch.setattr(State, "crop", crop)
+
+
+def no_place_for_sinks(patch: pytest.MonkeyPatch) -> None:
+    """They stand in the ring, and are written over."""
+    patch.setattr(Entry, "place", lambda entry, number, limit: number if limit is None else number % limit)
+    patch.setattr(Entry, "number_at", lambda entry, place, count, limit: count - 1 - (count - 1 - place) % limit)
+
+
 def rows_left_in_place(patch: pytest.MonkeyPatch) -> None:
     def select(state: State, rows: list[int]) -> State:
         state.past, state.lengths, state.furthest = (
@@ -107,6 +125,8 @@ DEFECTS: list[tuple[Plant, tuple[str, ...], Callable[[Any], None]]] = [
     (crop_that_forgets("chunk_sum"), MEMORY, crop),
     (crop_that_only_counts, ("mha", "mla", *MEMORY), crop),
     (ring_too_small, ("gqa", "mla", "fmka"), split),
+    (a_sink_that_is_forgotten_by_crop, ("gqa", "mla", *MEMORY), crop),
+    (no_place_for_sinks, ("gqa", "mla", *MEMORY), split),
     (rows_left_in_place, ("mqa", "mla", *MEMORY), selection),
     (one_session_slot_late, ("mka",), split),
 ]

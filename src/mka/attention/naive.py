@@ -204,7 +204,7 @@ def naive_fmka(attn: FastMemoryKeyedAttention, x: Tensor, positions: Tensor) -> 
         if attn.top_k and (t + 1) % attn.chunk_size == 0:
             means.append(x[t + 1 - attn.chunk_size : t + 1].mean(0))
             index_keys.append(attn.index_k_proj(means[-1]))
-        candidates = attn.num_candidates(t + 1)
+        candidates = max(0, (t + 1 - (attn.local_window or 0)) // attn.chunk_size) if attn.top_k else 0
         r = torch.zeros_like(x_t)
         u = attn.index_q_proj(x_t) if attn.top_k else x_t
         if candidates:
