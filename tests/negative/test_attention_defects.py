@@ -35,7 +35,7 @@ def no_causal_mask(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         attend, "scaled_dot_product_attention", lambda *qkv, **options: real(*qkv, **options | {"is_causal": False})
     )
-    summed = attend.attention_with_lse
+    summed: Any = attend.attention_with_lse
 
     def everything(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Any:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool) if mask is None else mask

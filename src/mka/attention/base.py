@@ -15,7 +15,7 @@ from mka.memory.places import LongTerm
 from mka.memory.router import Router
 from mka.memory.state import State
 from mka.ops.attend import Window
-from mka.ops.packing import packing
+from mka.ops.packing import packing, pieces
 from mka.ops.rotary import RotaryEmbedding
 
 Bias = bool | Literal["qkv"]
@@ -58,7 +58,12 @@ class CausalAttention(nn.Module, ABC):
         self.rotary = rotary
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, valid: Tensor | None = None, state: State | None = None
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        valid: Tensor | None = None,
+        state: State | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """Attend; outputs at padding are zeros.
 
@@ -69,14 +74,22 @@ class CausalAttention(nn.Module, ABC):
             valid: (B, T) bool, False for padding, wherever it stands in a row. Default: all valid.
             state: what `initial_state` gave, or an earlier call returned: x goes on where that call ended.
                 None: nothing comes before, and nothing is kept.
+            documents: (B, T) whole numbers: tokens of one document of a row have one number and stand together. Each
+                document is as a row of its own, whatever is packed beside it. None: every row is one document.
 
         Returns:
             y (B, T, C) and the state to go on with, None without one. Raises ValueError for a state of another
-            mechanism, of other options or with another number of rows.
+            mechanism, of other options or with another number of rows, and for documents with a state.
         """
         batch, tokens = x.shape[:2]
         if not tokens:
             return torch.zeros_like(x), state
+        if documents is not None:
+            if state is not None:
+                raise InputError(
+                    "documents are packed in a row, and there is a state; a state goes on with one document"
+                )
+            return self.apart(x, positions, valid, documents), None
         if state is not None:
             state.check(type(self).__name__, self.form_of_state, batch)
             counts = [tokens] * batch if valid is None else valid.sum(1).tolist()
@@ -96,6 +109,17 @@ class CausalAttention(nn.Module, ABC):
         if state is not None:
             state.end()
         return y if rows is None else rows.unpack(y), state
+
+    def apart(self, x: Tensor, positions: Tensor | None, valid: Tensor | None, documents: Tensor) -> Tensor:
+        """y (B, T, C) of rows in which several documents are packed; see `forward`."""
+        rows, tokens = x.flatten(0, 1), x.shape[:2]
+        places = None if positions is None else positions.expand(tokens).flatten()
+        y = torch.zeros_like(rows)
+        for where, there in pieces(documents, valid):
+            part = rows[where].masked_fill(~there.unsqueeze(2), 0)
+            read, _ = self.forward(part, None if places is None else places[where])
+            y = y.to(read.dtype).index_put((where[there],), read[there])
+        return y.view(x.shape)
 
     @abstractmethod
     def mix(self, x: Tensor, positions: Tensor | None, state: State | None) -> Tensor:

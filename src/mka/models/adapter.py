@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -9,6 +10,7 @@ from mka.attention import CausalAttention
 from mka.memory.local import shown_here
 from mka.models.cache import StateLayer, begin_call, state_layer
 from mka.models.versions import cache_for_block
+from mka.ops.packing import documents_of
 
 PADDING_MASK = "mka_padding_mask"
 
@@ -54,7 +56,10 @@ class AttentionAdapter(nn.Module):
         past, valid = columns_of_mask(hidden_states, attention_mask)
         layer = None
         if cache is None:
-            y, _state = self.attention(hidden_states, positions=position_ids, valid=valid)
+            documents = packed_documents(position_ids, valid)
+            if documents is not None:
+                documents = documents.expand(hidden_states.shape[:2])
+            y, _state = self.attention(hidden_states, positions=position_ids, valid=valid, documents=documents)
         else:
             layer = state_layer(cache, self.layer_idx)
             if cache.offloading:
@@ -66,6 +71,13 @@ class AttentionAdapter(nn.Module):
         if (shown := shown_here()) is not None:
             shown[-1] = in_columns(shown[-1], valid, layer)
         return self.dropout(y), None
+
+
+def packed_documents(positions: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """The documents of each row, told by positions (B or 1, T) that start again; None where there is one in each."""
+    if positions is None or positions.dim() != 2 or positions.shape[1] < 2 or torch.compiler.is_compiling():
+        return None  # a compiled model has asserted that there are none (`with_cache`)
+    return documents_of(positions, valid)
 
 
 def columns_of_mask(x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

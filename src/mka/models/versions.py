@@ -18,6 +18,7 @@ from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from mka.config import InputError
 from mka.models.cache import StateLayer
 from mka.models.families import family_of
+from mka.ops.packing import documents_of
 
 OLDEST, NEWEST = (5, 20), (5, 24)
 """The versions of transformers that were tried: these and those between, as in pyproject.toml."""
@@ -113,9 +114,8 @@ def with_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = renamed(kwargs, name)
-        if not torch.compiler.is_compiling():
-            check_positions(kwargs.get("position_ids"), kwargs.get("attention_mask"))
         given = cache_among((*args, *kwargs.values()))
+        kwargs = with_documents(kwargs, given)
         before = lengths(given)
         output = forward(self, *args, **kwargs)
         if given is not None or kwargs.get("use_cache") is not False:
@@ -125,25 +125,61 @@ def with_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def check_positions(positions: Any, mask: Any) -> None:
-    """Raises InputError where the positions (B or 1, T) of a row's tokens fall: documents that were packed in one row.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""By what transformers tells flash attention where documents end that are packed in one row."""
 
-    `mask`: (B, S + T), zeros at padding, whose positions mean nothing; None: there is none.
+
+def with_documents(arguments: dict[str, Any], cache: Cache | None) -> dict[str, Any]:
+    """The arguments of a call with documents told apart by positions alone, without a cache where there are several.
+
+    Raises InputError for documents that cannot be told apart, and for several in a row that are to go into a cache.
     """
+    ends = arguments.get("cu_seq_lens_q")
+    others = {name: value for name, value in arguments.items() if name not in PACKED}
+    if ends is not None:
+        others["position_ids"] = positions_of(ends, arguments)
+    positions, mask = others.get("position_ids"), others.get("attention_mask")
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
-        return
-    places = positions
+        return others
+    valid = None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= positions.shape[1]:
         valid = mask[:, -positions.shape[1] :].bool().to(positions.device)
-        places = positions.masked_fill(~valid, -1)
-        places = places.where(valid, places.cummax(1).values)
-    falls = places < places.cummax(1).values
-    if bool(falls.any()):
-        row, column = falls.nonzero()[0].tolist()
+    if torch.compiler.is_compiling():
+        rises = (positions.diff(dim=1) > 0) if valid is None else (positions.diff(dim=1) > 0) | ~valid[:, :-1]
+        check: Any = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+        check((rises if valid is None else rises | ~valid[:, 1:]).all(), COMPILED)
+        return others
+    if documents_of(positions, valid) is None:
+        return others
+    if cache is not None or others.get("use_cache"):
         raise InputError(
-            f"position_ids fall within row {row}, at column {column}: documents packed in one row are not kept apart "
-            "here; give them as rows of their own"
+            "position_ids start again within a row: several documents are packed in it, and a cache goes on with one; "
+            "give them as rows of their own, or use_cache=False and no cache"
         )
+    return others | {"use_cache": False}
+
+
+COMPILED = "documents are packed in one row, by position_ids that start again; a compiled model cannot keep them apart"
+
+
+def positions_of(ends: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """(1, T): positions that start again where the documents of the one row end, `ends` (documents + 1,) from 0 on.
+
+    Raises InputError where they do not fit the row, or the positions that were given beside them.
+    """
+    given, columns = arguments.get("position_ids"), columns_of((), arguments)
+    rows = next((arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None)
+    count = len(rows) if rows is not None else 1
+    last, sizes = int(ends[-1]), ends.diff()
+    if count != 1 or int(ends[0]) != 0 or bool((sizes <= 0).any()) or (columns is not None and last != columns):
+        raise InputError(
+            f"cu_seq_lens_q is {ends.tolist()}; it must rise from 0 to the tokens of one row, which are {columns} in "
+            f"{count} {'row' if count == 1 else 'rows'}"
+        )
+    positions = torch.arange(last, device=ends.device) - ends[:-1].repeat_interleave(sizes)
+    if isinstance(given, Tensor) and not torch.equal(given.flatten().to(positions), positions):
+        raise InputError("cu_seq_lens_q and position_ids tell documents apart in different places; give one of them")
+    return positions[None]
 
 
 def check_use(

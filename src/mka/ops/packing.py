@@ -1,4 +1,4 @@
-"""Padding, handled once for every mechanism.
+"""Padding, and documents packed in one row, handled once for every mechanism.
 
     row      a . b . . c d      valid = 1 0 1 0 0 1 1
     packed   a b c d 0 0 0      what the mechanism sees: its tokens first, in order, then zeros
@@ -6,8 +6,15 @@
 
 A causal mechanism cannot see what comes after a token, so in a packed row no valid token meets padding at any
 level: window, averages, chunks and retrieval count valid tokens and nothing else.
+
+    row          a b c | d e | f g h i        three documents, positions 0 1 2 0 1 0 1 2 3
+    rows         a b c 0   d e 0 0            what the mechanism sees: each document a row of its own, those of similar
+                 f g h i                      length together
+
+No level knows of documents that were packed, and so none can mix them.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,3 +49,50 @@ def packing(valid: Tensor) -> Packing:
     """The packing of rows whose valid tokens are marked in `valid` (B, T) bool."""
     order = torch.argsort(~valid, dim=1, stable=True)
     return Packing(order, valid.gather(1, order))
+
+
+def documents_of(positions: Tensor, valid: Tensor | None = None) -> Tensor | None:
+    """(B, T): the number of the document in its row that each token belongs to; None where every row is one document.
+
+    A token begins another where its position (B or 1, T) is not above that of the valid token before it: positions
+    start again. What padding says of its position means nothing.
+    """
+    before = positions[:, :-1]
+    if valid is not None:
+        positions = positions.expand(valid.shape)
+        column = torch.arange(valid.shape[1], device=valid.device).where(valid, -1).cummax(1).values[:, :-1]
+        before = positions.gather(1, column.clamp(min=0)).masked_fill(column < 0, -1)
+    begins = positions[:, 1:] <= before
+    if valid is not None:
+        begins &= valid[:, 1:]
+    if not bool(begins.any()):
+        return None
+    return torch.nn.functional.pad(begins.cumsum(1), (1, 0))
+
+
+class Pieces(NamedTuple):
+    """Documents of similar length as rows: where their tokens stand among all B T, and which are there, both (N, L)."""
+
+    where: Tensor
+    there: Tensor
+
+
+def pieces(documents: Tensor, valid: Tensor | None) -> Iterator[Pieces]:
+    """The documents (B, T) of all rows; L is less than twice any of their lengths."""
+    rows, tokens = documents.shape
+    number = documents + (documents.max() + 1) * torch.arange(rows, device=documents.device)[:, None]
+    where = torch.arange(rows * tokens, device=documents.device)
+    number = number.flatten()
+    if valid is not None:
+        where = where[valid.flatten()]
+        number = number[where]
+    _, counts = number.unique_consecutive(return_counts=True)
+    lengths = counts.tolist()
+    starts = (counts.cumsum(0) - counts).tolist()
+    for power in sorted({length.bit_length() for length in lengths}):
+        chosen = [n for n, length in enumerate(lengths) if length.bit_length() == power]
+        longest = max(lengths[n] for n in chosen)
+        place = torch.arange(longest, device=where.device)
+        first, count = (torch.tensor([x[n] for n in chosen], device=where.device)[:, None] for x in (starts, lengths))
+        there = place < count
+        yield Pieces(where[(first + place).clamp(max=len(where) - 1)], there)
