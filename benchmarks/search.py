@@ -1,30 +1,39 @@
-"""Candidate search on the keys of a trained model: recall of the best K against exact, and bytes touched per token.
+"""How much of what full attention would read each search of chunks finds, and what that does to the loss.
 
-    python examples/passkey_example.py
-    python benchmarks/search.py --model runs/passkey/mka-w64-seed0
+    python benchmarks/search.py --model SmolLM2-135M-Instruct.Q4_1.gguf
+    python benchmarks/search.py --model ... --tokens 4096 --documents 8 --budgets 256 64
 
-The model reads text of the standard library; the queries are those of its last 256 tokens, in every layer. Bytes are
-those of summaries and codes that a query compares with (for faiss: of the summaries its graph visits). A line of JSON
-for each search.
+A pretrained model, converted to joint mka without training, reads documents; every search chooses chunks of as many
+tokens in all. The oracle knows the attention mass that the heads of a group have on each chunk, over the whole past,
+and takes the largest. share: the mass on what a search chose, in parts of the mass on what the oracle chose, mean over
+tokens, layers and documents; loss: nats per token over the last three quarters. A line of JSON for each search.
+
+    sum, unrotated     the group's queries summed, against the mean key, before any rotary embedding
+    sum                the same, queries and keys as they are read
+    softmax            the sum over the group's heads of their softmax over chunks, as they are read: mka's own
+    bounds             as softmax, by the largest score that a key within a chunk's bounds could have (Quest)
+    mean and bounds    as softmax, by the mean of both scores
+    halves             as softmax, by the log-sum-exp of the scores of the means of a chunk's two halves
+    oracle             by the true attention mass
 """
 
 import json
-import time
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import tyro
 from torch import Tensor
 
-from mka.config import SEARCHES, LongTermConfig
-from mka.data import load_corpus
-from mka.evaluation.router import watch_queries
-from mka.loading import load
-from mka.memory import search
-from mka.models import mechanisms, memory_cache, read_in_pieces, states
-
-QUERIES = 256
+from mka.attention.mka import MemoryKeyedAttention
+from mka.memory.longterm import chunk_means
+from mka.memory.search import AsRead, Limits, Retrieved, kept, retrieve, retrieve_as_read, taken, top_by_place
+from mka.models import convert
+from pretrained import Options as Texts
+from pretrained import documents, load, losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,67 +41,145 @@ class Options:
     """What to measure."""
 
     model: str
-    tokens: int = 131072
+    """A folder, or a .gguf file of transformers' families."""
+    tokens: int = 2048
+    documents: int = 4
+    local_window: int = 256
+    chunk_sizes: tuple[int, ...] = (8, 16, 32)
+    budgets: tuple[int, ...] = (256, 64)
+    """Tokens that are retrieved."""
+    searches: tuple[str, ...] = ("sum, unrotated", "sum", "softmax", "bounds", "mean and bounds", "halves", "oracle")
+    threads: int = 2
 
 
-@torch.no_grad()
+class Call:
+    """The queries and keys of the attention that is searching: as projected, and as they are read."""
+
+    raw: tuple[Tensor, Tensor]
+    rotated: tuple[Tensor, Tensor]
+
+
+def by_scores(scores: Tensor, groups: int, limits: Limits) -> Retrieved:
+    """scores (H, T, J) of one row: the sum over a group's heads of each head's softmax over the candidates."""
+    scores = scores.clone()
+    end = limits.end(torch.arange(scores.shape[1]))
+    limits.hide(scores, end)
+    mass = scores.softmax(-1).nan_to_num().unflatten(0, (groups, -1)).sum(1)
+    return by_mass(mass, limits)
+
+
+def by_mass(mass: Tensor, limits: Limits) -> Retrieved:
+    """mass (G, T, J)."""
+    mass = mass.clone()
+    limits.hide(mass, limits.end(torch.arange(mass.shape[1])))
+    return taken([kept(*top_by_place(mass[None], limits.top_k), limits.top_k)])
+
+
+def attention_mass(call: Call, limits: Limits) -> Tensor:
+    """(G, T, J): what the heads of a group weigh each chunk with, in one softmax over the whole past."""
+    q, k = (x[0].float().transpose(0, 1) for x in call.rotated)
+    groups, chunks = k.shape[0], k.shape[1] // limits.chunk_size
+    parts = []
+    for group in range(groups):
+        total = torch.zeros(q.shape[1], chunks)
+        for head in q.unflatten(0, (groups, -1))[group]:
+            scores = head @ k[group].T / math.sqrt(q.shape[-1])
+            weights = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
+            weights[:, : limits.sinks] = 0  # they are read anyway
+            total += weights[:, : chunks * limits.chunk_size].unflatten(1, (chunks, -1)).sum(-1)
+        parts.append(total)
+    return torch.stack(parts)
+
+
+def head_scores(q: Tensor, keys: Tensor) -> Tensor:
+    """(H, T, J) of queries (T, H, D) and keys (J, G, D)."""
+    grouped = q.float().transpose(0, 1).unflatten(0, (keys.shape[1], -1))
+    return (grouped @ keys.float().permute(1, 2, 0).unsqueeze(1)).flatten(0, 1) / math.sqrt(q.shape[-1])
+
+
+def bounds(call: Call, limits: Limits) -> Tensor:
+    q, k = call.rotated[0][0], call.rotated[1][0]
+    chunks = k.shape[0] // limits.chunk_size
+    parts = k[: chunks * limits.chunk_size].unflatten(0, (chunks, -1))
+    low, high = parts.amin(1), parts.amax(1)
+    return head_scores(q.clamp(min=0), high) + head_scores(q.clamp(max=0), low)
+
+
+def means(call: Call, limits: Limits) -> Tensor:
+    return head_scores(call.rotated[0][0], chunk_means(call.rotated[1], limits.chunk_size, limits.sinks)[0])
+
+
+def halves(call: Call, limits: Limits) -> Tensor:
+    half = chunk_means(call.rotated[1], limits.chunk_size // 2, limits.sinks)[0]
+    scores = head_scores(call.rotated[0][0], half[: len(half) // 2 * 2])
+    return scores.unflatten(-1, (-1, 2)).logsumexp(-1)
+
+
+def summed(call: Call, limits: Limits, which: str) -> Retrieved:
+    q, k = getattr(call, which)
+    groups = k.shape[2]
+    return retrieve(q.unflatten(2, (groups, -1)).sum(3), chunk_means(k, limits.chunk_size, limits.sinks), limits)
+
+
+SEARCHES: dict[str, Callable[[Call, Limits], Retrieved]] = {
+    "sum, unrotated": lambda call, limits: summed(call, limits, "raw"),
+    "sum": lambda call, limits: summed(call, limits, "rotated"),
+    "softmax": lambda call, limits: retrieve_as_read(
+        AsRead(call.rotated[0], chunk_means(call.rotated[1], limits.chunk_size, limits.sinks)), None, None, limits
+    ),
+    "bounds": lambda call, limits: by_scores(bounds(call, limits), call.rotated[1].shape[2], limits),
+    "mean and bounds": lambda call, limits: by_scores(
+        (bounds(call, limits) + means(call, limits)) / 2, call.rotated[1].shape[2], limits
+    ),
+    "halves": lambda call, limits: by_scores(halves(call, limits), call.rotated[1].shape[2], limits),
+    "oracle": lambda call, limits: by_mass(attention_mass(call, limits), limits),
+}
+
+
 def main(options: Options) -> None:
-    model, tokenizer = load(options.model)
-    text = "".join(text for _, text in load_corpus("stdlib").documents["test"])
-    ids = tokenizer(text[: 8 * options.tokens], return_tensors="pt", verbose=False).input_ids[:, : options.tokens]
-    queries: dict[int, Tensor] = {}
-    for number, attn in enumerate(mechanisms(model)):
-        memories: Any = attn
-        watch_queries(memories, lambda q, number=number: queries.update({number: q}))
-    found: dict[str, list[Any]] = {}
-    for kind in SEARCHES:
-        cache = memory_cache(model, LongTermConfig(longterm_search=kind if kind == "lsh" else "exact"))
-        read_in_pieces(model, ids, cache)
-        found[kind] = [ask(attn, state, queries[n], kind) for n, (attn, state) in enumerate(pairs(model, cache))]
-    exact = found["exact"]
-    for kind, layers in found.items():
-        same = [recall(ours.chunk, best.chunk) for (ours, _, _), (best, _, _) in zip(layers, exact, strict=True)]
-        touched = sum(size for _, size, _ in layers) / sum(size for _, size, _ in exact)
-        row = {
-            "search": kind,
-            "tokens": ids.shape[1],
-            "recall": [round(value, 4) for value in same],
-            "bytes_per_token": round(sum(size for _, size, _ in layers)),
-            "of_exact": round(touched, 4),
-            "ms_per_token": round(sum(seconds for _, _, seconds in layers) * 1000, 3),
-        }
-        print(json.dumps(row), flush=True)
+    torch.set_num_threads(options.threads)
+    pretrained, tokenizer = load(options.model)
+    wanted = Texts(model=options.model, documents=options.documents)
+    rows = list(documents("code", tokenizer, wanted, options.tokens))
+    for budget in options.budgets:
+        for chunk_size in options.chunk_sizes:
+            choice: dict[str, Any] = {"chunk_size": chunk_size, "top_k": budget // chunk_size}
+            model = convert(pretrained, "mka", local_window=options.local_window, **choice).eval()
+            for name in options.searches:
+                found = [measure(model, ids, name, options) for _, ids in rows]
+                loss, share = (sum(each) / len(found) for each in zip(*found, strict=True))
+                line = choice | {"search": name, "share": round(share, 4), "loss": round(loss, 4)}
+                print(json.dumps(line), flush=True)
 
 
-def pairs(model: Any, cache: Any) -> Any:
-    return zip(mechanisms(model), states(cache), strict=True)
+def measure(model: Any, ids: Tensor, name: str, options: Options) -> tuple[float, float]:
+    """The loss of a document, and the share of the oracle's mass that the search finds."""
+    call, shares = Call(), []
+    real = MemoryKeyedAttention.read_long_term
 
+    def noting(attn: Any, raw: Any, rotated: Any, *rest: Any) -> Any:
+        call.raw, call.rotated = raw, rotated
+        return real(attn, raw, rotated, *rest)
 
-def ask(attn: Any, state: Any, q: Tensor, kind: Any) -> tuple[Any, float, float]:
-    """What the last queries retrieve, one by one as in decoding; bytes and seconds of one of them."""
-    q = q[:, -QUERIES:]
-    state.longterm = replace(state.longterm, config=LongTermConfig(longterm_search=kind))
-    summaries = state.all(attn.index_store)
-    t = torch.full((1, 1), state.lengths[0] - 1)
-    search.search(q[:, :1], state, attn.index_store, t, attn.limits)  # the graph is built
-    begun = time.perf_counter()
-    answers = [search.search(one, state, attn.index_store, t, attn.limits) for one in q.split(1, dim=1)]
-    seconds = (time.perf_counter() - begun) / QUERIES
-    chunks, (groups, width) = summaries.shape[1], q.shape[2:]
-    size = 4.0 * width * chunks * groups
-    if kind == "lsh":
-        reranked = min(chunks, max(search.RERANKED_LEAST * attn.top_k, chunks // search.RERANKED_SHARE))
-        size = groups * (chunks * state.all(search.CODE).shape[-1] + 4.0 * width * reranked)
-    if kind == "faiss":
-        size = 4.0 * width * state.index.compared / (QUERIES + 1)
-    joined = type(answers[0])(*(torch.cat(parts, dim=1) for parts in zip(*answers, strict=True)))
-    return joined, size, seconds
+    def search(_near: AsRead, _far: Any, _is_near: Any, limits: Limits, _asked: Any = None) -> Retrieved:
+        retrieved, mass = SEARCHES[name](call, limits), attention_mass(call, limits)
+        best = by_mass(mass, limits)
 
+        def found(chosen: Retrieved) -> Tensor:
+            return (mass.gather(2, chosen.chunk[0].transpose(0, 1)) * chosen.found[0].transpose(0, 1)).sum(-1)
 
-def recall(ours: Tensor, best: Tensor) -> float:
-    """The share of the best K that was found."""
-    return (ours[..., :, None] == best[..., None, :]).any(-2).float().mean().item()
+        some = best.found[0, :, 0, -1]  # tokens that have more candidates than are taken
+        if some.any():
+            shares.append((found(retrieved)[:, some].sum() / found(best)[:, some].sum()).item())
+        return retrieved
+
+    with (
+        patch.object(MemoryKeyedAttention, "read_long_term", noting),
+        patch("mka.attention.mka.retrieve_as_read", search),
+    ):
+        loss = losses(model, ids)[max(options.local_window, ids.shape[1] // 4) :].mean().item()
+    return loss, sum(shares) / len(shares)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__, use_underscores=True))
+    main(tyro.cli(Options, description=__doc__))

@@ -20,11 +20,11 @@ import tyro
 from transformers import LlamaConfig
 from transformers.utils import logging
 
-from mka.config import InputError
 from mka.data import load_corpus, prepare_tokens
 from mka.data.needle import FILLER, PasskeyTask
 from mka.data.recall import RecallBatch
 from mka.folders import claimed
+from mka.limits import InputError
 from mka.models import build_model
 from mka.storage import replace_folder
 from mka.training import answers_right, train_on_answers
@@ -85,7 +85,7 @@ def main(example: Example) -> None:
         initializer_range=HIDDEN_SIZE**-0.5,
     )
     kind = example.attention_type
-    options = {"local_window": example.local_window} | (MEMORIES if "mka" in kind else {})
+    options: dict[str, Any] = {"local_window": example.local_window} | (MEMORIES if "mka" in kind else {})
     options |= {"longterm_positions": example.longterm_positions} if kind == "mka" else {}
     model = build_model(config, kind, example.seed, **options)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -17,9 +17,9 @@ import tyro
 from transformers import LlamaConfig
 from transformers.utils import logging
 
-from mka.config import InputError
 from mka.data.recall import RecallBatch, recall_batch
 from mka.folders import claimed
+from mka.limits import InputError
 from mka.models import build_model
 from mka.storage import replace_folder
 from mka.training import answers_right, train_on_answers

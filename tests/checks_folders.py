@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mka import folders, storage
-from mka.config import InputError
 from mka.folders import note_everything, read_noted, states
+from mka.limits import InputError
 
 
 def run_folder(folder: Path) -> Path:

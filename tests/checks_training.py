@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from checks import TOLERANCE
-from mka.config import BenchmarkConfig, InputError
+from mka.config import BenchmarkConfig
 from mka.data import TextTokenizer, TokenizedCorpus, TokenSplit, evaluation_batches
 from mka.distributed import Ranks
 from mka.evaluation import held_out_loss
 from mka.experiments import benchmark
 from mka.experiments.comparison import Comparison
+from mka.limits import InputError
 from mka.models import build_model, gpt2_config, next_token_loss
 from mka.storage import remove
 from mka.training import Checkpoint, Checkpoints, Precision, TrainingPlan, TrainingRun, train

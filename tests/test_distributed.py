@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mka.config import InputError
 from mka.distributed import RankLost, Ranks, lost_ranks_said
+from mka.limits import InputError
 from thread_ranks import all_returned, on_ranks
 
 COUNTS = [1, 2, 3, 5]

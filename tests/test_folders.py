@@ -11,8 +11,8 @@ import pytest
 from checks_folders import assert_claims_go_by_the_folder, assert_whole_after_any_kill, is_cut, run_folder
 from disks import files
 from mka import folders, storage
-from mka.config import InputError
 from mka.folders import check_saved, claimed, read_noted, states, write_noted
+from mka.limits import InputError
 from mka.storage import MANIFEST, replace_folder
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from disks import full_at, no_space
 from mka import folders, results
-from mka.config import InputError
+from mka.limits import InputError
 from mka.results import CurvePoint, Result, append_result, read_curve, read_results, results_path
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mka.config import check_at_least
+from mka.limits import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,8 @@ from mka.commands import (
     RulerConfig,
     VerifyConfig,
 )
-from mka.config import BenchmarkConfig, InputError
+from mka.config import BenchmarkConfig
+from mka.limits import InputError
 from mka.report import (
     console_table,
     differences,

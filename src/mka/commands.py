@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mka.config import InputError, LongTermConfig, check_at_least, unknown_name
+from mka.config import LongTermConfig
+from mka.limits import InputError, check_at_least, unknown_name
 
 
 @dataclass(frozen=True)

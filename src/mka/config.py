@@ -5,12 +5,24 @@ Preset            a model size with the training budget that suits it
 attention_options the keyword arguments one mechanism takes out of a BenchmarkConfig
 """
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mka.arms import STUDIES, Arm
+from mka.limits import (
+    LOCAL_WINDOW,
+    LONGTERM_POSITIONS,
+    MIXES,
+    InputError,
+    LongTermPositions,
+    Mix,
+    SessionDecay,
+    check_at_least,
+    check_heads,
+    check_memory,
+    check_sinks,
+    unknown_name,
+)
 
 ATTENTION_TITLES = {
     "mha": "Multi-Head Attention",
@@ -20,100 +32,8 @@ ATTENTION_TITLES = {
     "mka": "Memorized Key Attention",
     "fmka": "Fast Memorized Key Attention",
 }
-STORES = ("device", "host", "disk")
 DATASETS = ("stdlib", "wikitext2", "wikitext103", "text")
-
-Mix = Literal["joint", "routed"]
-MIXES: tuple[Mix, ...] = ("joint", "routed")
-LongTermPositions = Literal["true", "clamped", "none"]
-LONGTERM_POSITIONS: tuple[LongTermPositions, ...] = ("true", "clamped", "none")
-LOCAL_WINDOW = 128
-"""Of mka and fmka, in tokens, where nothing else is said."""
-SINK_TOKENS = 4
-"""Attention sinks where nothing else is said."""
-SessionDecay = float | Literal["learned"] | None
-
-
-class InputError(ValueError):
-    """A mistake in what the user gave. Its message is one line: what, which value, what is allowed."""
-
-
-def unknown_name(what: str, value: str, allowed: Iterable[str]) -> InputError:
-    """The error for a name that is not in a list: names the list and the nearest entry."""
-    names = list(allowed)
-    return InputError(f"unknown {what} {value!r}; allowed: {', '.join(names)}; nearest: {nearest(value, names)!r}")
-
-
-def nearest(value: str, names: Iterable[str]) -> str:
-    """The name most like `value`; the right letters in the wrong order are nearly right."""
-
-    def likeness(name: str) -> float:
-        given = value.lower()
-        pairs = (given, name), ("".join(sorted(given)), "".join(sorted(name)))
-        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-
-    return max(names, key=likeness)
-
-
-def check_at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and not value >= least:
-        raise InputError(f"{name} is {value}; it must be at least {least}")
-
-
-def check_sinks(local_window: int | None, sink_tokens: int | None) -> int:
-    """How many sinks there are: those that were asked for, or 4, or as many as fit; without a window there are none."""
-    if sink_tokens is None:
-        return 0 if local_window is None else min(SINK_TOKENS, local_window - 1)
-    check_at_least("sink_tokens", sink_tokens, 0)
-    if sink_tokens and (local_window is None or sink_tokens >= local_window):
-        where = "there is no local_window" if local_window is None else f"local_window is {local_window}"
-        raise InputError(
-            f"sink_tokens is {sink_tokens}; {where}; sinks need a window that is larger than they are, or 0"
-        )
-    return sink_tokens
-
-
-def check_distance(local_window: int | None, sinks: int, max_distance: int | None) -> int | None:
-    """A distance that no window reaches: within one, keys stand where they are."""
-    if max_distance is not None:
-        least = (local_window or 0) + sinks
-        if max_distance < max(1, least):
-            raise InputError(
-                f"max_distance is {max_distance}; it must be at least local_window and sink_tokens together, {least}"
-            )
-    return max_distance
-
-
-def check_heads(hidden_size: int, num_heads: int, num_kv_heads: int, kv_option: str = "num_kv_heads") -> None:
-    """H must divide C, and G (called `kv_option`) must divide H; otherwise an InputError that lists the divisors."""
-    check_at_least("hidden_size", hidden_size, 1)
-    check_at_least("num_heads", num_heads, 1)
-    if hidden_size % num_heads:
-        raise InputError(f"num_heads is {num_heads}; it must divide hidden_size {hidden_size}: {divisors(hidden_size)}")
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise InputError(f"{kv_option} is {num_kv_heads}; it must divide the {num_heads} heads: {divisors(num_heads)}")
-
-
-def check_memory(
-    local_window: int | None,
-    chunk_size: int,
-    top_k: int,
-    session_decay: SessionDecay,
-    session_stride: int = 1,
-    session_slots: int | None = None,
-) -> None:
-    """Limits of the three memory levels; raises InputError."""
-    check_at_least("local_window", local_window, 1)
-    check_at_least("chunk_size", chunk_size, 1)
-    check_at_least("top_k", top_k, 0)
-    check_at_least("session_stride", session_stride, 1)
-    check_at_least("session_slots", session_slots, 1)
-    if session_decay not in ("learned", None) and not (isinstance(session_decay, float) and 0 < session_decay < 1):
-        raise InputError(f"session_decay is {session_decay!r}; it must be 'learned', None or between 0 and 1")
-
-
-def divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+STORES = ("device", "host", "disk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +143,9 @@ class BenchmarkConfig:
     """Tokens of one long-term chunk."""
     top_k: int = 4
     """Long-term chunks retrieved for each token; 0: no long-term level."""
+    memory_layers: Literal["all"] | int | tuple[int, ...] = "all"
+    """Layers that are mka or fmka: all, every n-th by a number n, or a list from 0; the others have the window and the
+    sinks alone."""
     session_decay: SessionDecay = "learned"
     """Decay of the session average: learned, or a number between 0 and 1; None: no session level."""
     session_stride: int = 16
@@ -337,6 +260,11 @@ class ResolvedConfig(BenchmarkConfig):
         windowed = [window for window in windows if window is not None]
         for window in windowed or [None]:
             check_sinks(window, self.sink_tokens)
+        if self.memory_layers != "all" and self.match != "none":
+            raise InputError(
+                f"memory_layers is {self.memory_layers} and match is {self.match!r}; sizes are matched for layers that "
+                "are all alike: give --match none, or --memory_layers all"
+            )
         preset = PRESETS[self.preset]
         kv_heads = self.num_groups if "gqa" in self.attention_type or self.match == "cache" else 1
         check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads, "num_groups")
@@ -344,7 +272,7 @@ class ResolvedConfig(BenchmarkConfig):
 
 OPTION_FLAGS = (
     *("num_groups", "local_window", "sink_tokens", "mix", "chunk_size", "top_k", "longterm_positions"),
-    *("session_decay", "session_stride", "session_slots"),
+    *("session_decay", "session_stride", "session_slots", "memory_layers"),
 )
 """Flags that one mechanism takes and another does not."""
 
@@ -363,6 +291,11 @@ def attention_options(kind: str, config: BenchmarkConfig) -> dict[str, object]:
         names += ["mix", "longterm_positions", "session_stride", "session_slots"] if kind == "mka" else []
         options |= {name: getattr(config, name) for name in names}
     return options
+
+
+def layers_of(kind: str, config: BenchmarkConfig) -> Any:
+    """The layers in which a mechanism with a memory stands; the others stand in all."""
+    return config.memory_layers if kind in ("mka", "fmka") else "all"
 
 
 def window_of(kind: str, config: BenchmarkConfig) -> int | None:

@@ -19,7 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage] (documented there)
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from mka.config import InputError
+from mka.limits import InputError
 
 T = TypeVar("T")
 

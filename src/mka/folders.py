@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.storage import MANIFEST, damage_of, locked, manifest_text, read_manifest, sha256_of, write_atomically
 
 NOTED = ("config.json", "environment.json", "costs.jsonl", "curves/*.jsonl", "routing/*.json")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, TextStreamer
 
 from mka.commands import GenerateConfig, ModelChoice
-from mka.config import InputError
+from mka.limits import InputError
 from mka.loading import load
 from mka.memory.bank import Bank
 from mka.memory.router import Router

@@ -9,9 +9,9 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from mka.config import InputError
 from mka.data.hub import NOT_REACHED, first_line, hub_is_reachable
 from mka.folders import check_saved
+from mka.limits import InputError
 from mka.models.weights import (  # mka.models registers our models with the Auto classes
     check_finite,
     check_loaded,

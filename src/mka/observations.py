@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mka.config import InputError
 from mka.folders import read_noted, write_noted
+from mka.limits import InputError
 
 COLLAPSED = 0.05
 """Entropy below which a router is said to have collapsed."""

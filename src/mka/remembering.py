@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mka.commands import BankConfig, MemoryAddConfig, MemoryRemoveConfig
-from mka.config import InputError, LongTermConfig
+from mka.config import LongTermConfig
 from mka.data.files import read_named_file
+from mka.limits import InputError
 from mka.loading import load
 from mka.memory.bank import Bank, Document, identity, several
 from mka.models import fingerprint, memory_cache, read_in_pieces, states

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mka.arms import Arm
-from mka.config import InputError
 from mka.folders import MISSING, WHOLE, note_result, noted_results, read_noted, said, states, write_noted
+from mka.limits import InputError
 from mka.storage import checksum_of, sync_folder
 
 SCHEMA_VERSION = 4

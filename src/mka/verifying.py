@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mka.commands import VerifyConfig
-from mka.config import InputError
 from mka.folders import ALTERED, MISSING, WHOLE, noted_results, states
+from mka.limits import InputError
 from mka.results import CHECKSUM, is_json, parse_result, raw_lines, results_path
 from mka.storage import MANIFEST
 

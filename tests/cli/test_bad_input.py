@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mka import cli, results
-from mka.config import PRESETS, BenchmarkConfig, InputError
+from mka.config import PRESETS, BenchmarkConfig
+from mka.limits import InputError
 from tiny_runs import TINY, Place, end, fingerprint, write_corpus
 
 SETTINGS = {

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import checks
 from mka.attention import CausalAttention
-from mka.config import InputError
+from mka.limits import InputError
 from mka.ops.packing import documents_of, pieces
 
 every_case = pytest.mark.parametrize(("kind", "variant"), checks.CASES)

@@ -21,9 +21,10 @@ from typing import Any, Literal
 
 import torch
 
-from mka.config import InputError, LongTermConfig
+from mka.config import LongTermConfig
 from mka.data import load_corpus, prepare_tokens
 from mka.experiments.folder import agree_with_folder, read_description
+from mka.limits import InputError
 from mka.loading import load
 from mka.memory.bank import Bank
 from mka.memory.places import LongTerm

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mka.config import InputError
 from mka.data import load_tokenizer
 from mka.data.needle import DIGITS, PasskeyTask
 from mka.data.recall import NOT_ASKED, recall_batch
+from mka.limits import InputError
 
 SHAPES = [(64, 4), (128, 8), (256, 16), (16, 4)]
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mka.attention import build_attention
-from mka.config import BenchmarkConfig, InputError, attention_options
+from mka.config import BenchmarkConfig, attention_options
+from mka.limits import InputError
 from mka.observations import read_costs, read_routing
 from tiny_runs import TINY, Place
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from mka.config import BenchmarkConfig, InputError
+from mka.config import BenchmarkConfig
 from mka.experiments import benchmark
 from mka.experiments.folder import agree_with_folder, choose_folder, describe, open_folder, short
+from mka.limits import InputError
 from mka.results import read_results
 from tiny_runs import TINY, Place, fingerprint, finished_run, with_copy, write_corpus
 

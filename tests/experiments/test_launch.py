@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from mka import cli
-from mka.config import BenchmarkConfig, InputError
+from mka.config import BenchmarkConfig
 from mka.distributed import Ranks
 from mka.experiments import launch, tracking
 from mka.experiments.launch import accumulation, describe_launch, read_deepspeed, started_by
+from mka.limits import InputError
 from thread_ranks import Meeting, ThreadAccelerator
 from tiny_runs import Place, end, fingerprint
 

@@ -7,7 +7,8 @@ import pytest
 from mka import cli
 from mka.arms import STUDIES
 from mka.attention import build_attention
-from mka.config import PRESETS, BenchmarkConfig, InputError, attention_options
+from mka.config import PRESETS, BenchmarkConfig, attention_options
+from mka.limits import InputError
 from tiny_runs import Place, end
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from mka import cli
-from mka.config import InputError
 from mka.distributed import Ranks
 from mka.experiments import benchmark, comparison
 from mka.folders import claimed
+from mka.limits import InputError
 from thread_ranks import on_ranks
 from tiny_runs import Place, end, fingerprint
 

@@ -16,7 +16,8 @@ import checks
 from checks_state import SIDES, TOKENS, many_calls, padding
 from disks import files, full_at
 from mka.attention import CausalAttention
-from mka.config import STORES, InputError, LongTermConfig
+from mka.config import STORES, LongTermConfig
+from mka.limits import InputError
 from mka.memory import disk
 from mka.memory import longterm as longterm_module
 from mka.memory.disk import DiskStore

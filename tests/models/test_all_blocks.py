@@ -9,7 +9,8 @@ import torch
 import checks
 import disks
 from checks_models import make_model, tokens
-from mka.config import InputError, LongTermConfig
+from mka.config import LongTermConfig
+from mka.limits import InputError
 from mka.memory.bank import Bank
 from mka.models import fingerprint, mechanisms, memory_cache, read_in_pieces, states
 

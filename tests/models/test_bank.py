@@ -13,7 +13,8 @@ import checks
 from checks_models import make_model, tokens
 from mka.attention.fmka import FastMemoryKeyedAttention
 from mka.attention.mka import TOKENS
-from mka.config import InputError, LongTermConfig
+from mka.config import LongTermConfig
+from mka.limits import InputError
 from mka.memory.bank import Bank, Pieces, file_name, kept_stores
 from mka.memory.longterm import Chunks, attend_held, read_summaries
 from mka.memory.search import AsRead, retrieve, retrieve_as_read

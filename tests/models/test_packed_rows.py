@@ -9,7 +9,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import checks
 from checks_models import make_model, tokens
-from mka.config import InputError
+from mka.limits import InputError
 from mka.models import memory_cache
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")

@@ -7,7 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mka.attention import ATTENTION_TYPES
-from mka.config import PRESETS, BenchmarkConfig, InputError, attention_options
+from mka.config import PRESETS, BenchmarkConfig, attention_options
+from mka.limits import InputError
 from mka.models import (
     build_model,
     gpt2_config,

@@ -16,7 +16,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import checks
 from checks_models import BACKBONES, LLAMA, TOKEN_IDS, make_model, shake, tokens
-from mka.config import InputError
+from mka.limits import InputError
 from mka.loading import load_model
 from mka.models.weights import stored_dtypes
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def no_causal_mask(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         attend, "scaled_dot_product_attention", lambda *qkv, **options: real(*qkv, **options | {"is_causal": False})
     )
-    summed: Any = attend.attention_with_lse
+    summed = cast(Any, attend.attention_with_lse)
 
     def everything(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Any:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool) if mask is None else mask
@@ -52,7 +52,10 @@ def a_token_that_is_read_twice(patch: pytest.MonkeyPatch) -> None:
     """Sinks are read beside the window, those that stand in it too."""
     real = attend.attend_window
 
-    def twice(q: Tensor, k: Tensor, v: Tensor, sinks: Any, window: Window, first: int, scale: Any, *, lse: bool) -> Any:
+    def twice(
+        q: Tensor, k: Tensor, v: Tensor, sinks: tuple[Tensor, Tensor], window: Window, *rest: Any, lse: bool
+    ) -> attend.Read:
+        first, scale = rest
         sinkless = real(q, k, v, sinks, window._replace(sinks=0), first, scale, lse=True)
         beside = torch.ones(q.shape[1], window.sinks, dtype=torch.bool).tril()
         return attend.both(sinkless, attend.attend_masked(q, *sinks, beside, scale, lse=True), lse=lse)

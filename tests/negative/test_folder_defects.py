@@ -10,7 +10,7 @@ import pytest
 from checks_folders import assert_claims_go_by_the_folder, assert_whole_after_any_kill, run_folder
 from checks_training import assert_exports_the_step
 from mka import folders
-from mka.config import InputError
+from mka.limits import InputError
 from mka.storage import write_atomically
 from mka.training import Checkpoints
 

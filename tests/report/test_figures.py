@@ -10,7 +10,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation, Text
 
-from mka.config import ATTENTION_TITLES, InputError
+from mka.config import ATTENTION_TITLES
+from mka.limits import InputError
 from mka.report import save_figures, summarise
 from mka.report.figures import cache_figure
 from mka.report.style import STYLES, compact

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from mka.config import ATTENTION_TITLES, InputError
+from mka.config import ATTENTION_TITLES
+from mka.limits import InputError
 from mka.report import Mean, latest, summarise
 from mka.results import Result
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mka.config import ATTENTION_TITLES, InputError
+from mka.config import ATTENTION_TITLES
+from mka.limits import InputError
 from mka.report import write_report
 from mka.results import Result, append_result, read_results, results_path
 

@@ -14,8 +14,8 @@ import checks_training as tiny
 import mka
 from disks import files, full_at, no_space
 from mka import storage
-from mka.config import InputError
 from mka.distributed import Ranks
+from mka.limits import InputError
 from mka.training import Checkpoint, Checkpoints, Precision
 from mka.training.engine import TorchEngine, stored
 

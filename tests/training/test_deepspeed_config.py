@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.training import deepspeed_config, deepspeed_settings
 
 ROOT = Path(__file__).parent.parent.parent

@@ -7,7 +7,7 @@ from mka.attention.fmka import FastMemoryKeyedAttention
 from mka.attention.gqa import GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention
 from mka.attention.mka import MemoryKeyedAttention
 from mka.attention.mla import MultiHeadLatentAttention
-from mka.config import unknown_name
+from mka.limits import unknown_name
 
 ATTENTION_TYPES: dict[str, type[CausalAttention]] = {
     "mha": MultiHeadAttention,

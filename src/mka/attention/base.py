@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mka.config import InputError, check_at_least, check_distance, check_heads, check_sinks
+from mka.limits import InputError, check_at_least, check_distance, check_heads, check_sinks
 from mka.memory.entry import Entry
 from mka.memory.local import token_index
 from mka.memory.places import LongTerm
@@ -144,7 +144,7 @@ class CausalAttention(nn.Module, ABC):
         Raises ValueError for a mechanism that retrieves nothing where something else is asked for.
         """
         entries = self.state_of(dtype or self.own_dtype, longterm)
-        if longterm is not None and longterm.is_special and not any(e.block for e in entries.values()):
+        if longterm is not None and longterm.is_special and not self.retrieves:
             raise InputError(
                 f"{longterm.asked_for}; {type(self).__name__} as it is here retrieves nothing; allowed: "
                 "longterm_store device, no bank"
@@ -154,6 +154,11 @@ class CausalAttention(nn.Module, ABC):
     def state_of(self, dtype: torch.dtype, longterm: LongTerm | None) -> dict[str, Entry]:
         """The stores of a state whose long-term memory is kept and searched that way."""
         return self.state_entries(dtype)
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether it reads chunks of the past."""
+        return any(entry.block is not None for entry in self.form_of_state.values())
 
     @property
     @abstractmethod

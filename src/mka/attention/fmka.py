@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mka.attention.base import Bias
 from mka.attention.grouped import MemoryAttention
-from mka.config import SessionDecay, check_at_least
+from mka.limits import SessionDecay, check_at_least
 from mka.memory.entry import Entry
 from mka.memory.local import token_index
 from mka.memory.longterm import asked_at, chunk_entries, chunk_means, read_summaries, write_chunk_means

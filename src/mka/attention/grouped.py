@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mka.attention.base import Bias, CausalAttention, normalise
-from mka.config import InputError, SessionDecay, check_at_least, check_memory
+from mka.limits import InputError, SessionDecay, check_at_least, check_memory
 from mka.memory.entry import Entry
 from mka.memory.local import attend_local, local_entries, token_index
 from mka.memory.router import LOCAL, LONG_TERM, NUM_LEVELS, SESSION, Router

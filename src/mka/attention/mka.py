@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mka.attention.base import Bias
 from mka.attention.grouped import MemoryAttention, Watched, silenced
-from mka.config import (
+from mka.limits import (
     LONGTERM_POSITIONS,
     MIXES,
     InputError,

@@ -14,7 +14,7 @@ from torch import Tensor, cat, einsum, nn
 from torch.nn.modules import module
 
 from mka.attention.base import Bias, CausalAttention, normalise
-from mka.config import InputError, check_at_least
+from mka.limits import InputError, check_at_least
 from mka.memory.entry import Entry
 from mka.memory.local import attend_local, local_entries
 from mka.memory.state import State

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mka.config import InputError, check_at_least
 from mka.data.tokens import TokenSplit
+from mka.limits import InputError, check_at_least
 
 
 class BlockBatches:

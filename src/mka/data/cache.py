@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.storage import check_folder, write_folder
 
 ADVICE = "free space there, or set XDG_CACHE_HOME to another folder"

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mka.config import DATASETS, InputError, unknown_name
+from mka.config import DATASETS
 from mka.data.files import read_folder, read_named_file
 from mka.data.wikitext import WIKITEXT_SOURCE, load_wikitext
+from mka.limits import InputError, unknown_name
 
 Document = tuple[str, str]
 Splits = dict[str, list[Document]]

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mka.config import InputError
+from mka.limits import InputError
 
 
 def read_named_file(path: Path, option: str = "text_path") -> str:

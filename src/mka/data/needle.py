@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mka.config import InputError
 from mka.data.recall import NOT_ASKED, RecallBatch
+from mka.limits import InputError
 
 DIGITS = 5
 TOLD, QUESTION = (

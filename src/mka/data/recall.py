@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mka.config import InputError, check_at_least
+from mka.limits import InputError, check_at_least
 
 NOT_ASKED = -100
 """The target of a token after which nothing is asked; what cross_entropy ignores."""

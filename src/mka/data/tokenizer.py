@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from mka.config import InputError
 from mka.data.hub import NOT_REACHED, first_line, hub_is_reachable
 from mka.folders import check_saved
+from mka.limits import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
-from mka.config import InputError
 from mka.data.hub import NOT_REACHED, datasets_without_hub, first_line, hub_is_reachable
+from mka.limits import InputError
 
 WIKITEXT_SOURCE = "Salesforce/wikitext"
 CONFIGURATIONS = {"wikitext2": "wikitext-2-raw-v1", "wikitext103": "wikitext-103-raw-v1"}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.models import cache_parameter
 
 HIDDEN_SIZE_NAMES = ("hidden_size", "embed_dim", "d_model", "dim", "n_embd", "embedding_dim")

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mka.audit_commands import AuditModuleConfig
-from mka.config import InputError
 from mka.evaluation.foreign import ForeignModule, build_foreign
+from mka.limits import InputError
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Of differences, in units of the larger of 1 and the largest output; gradients must be exactly zero."""

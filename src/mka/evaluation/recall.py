@@ -14,11 +14,12 @@ import torch
 from transformers import DynamicCache
 
 from mka.commands import NeedleConfig, RecallConfig
-from mka.config import InputError, LongTermConfig
+from mka.config import LongTermConfig
 from mka.data import load_corpus
 from mka.data.needle import FILLER, Passkey, PasskeyTask
 from mka.data.recall import NOT_ASKED, RecallBatch, recall_batch
 from mka.data.tokenizer import TextTokenizer, with_end_of_text
+from mka.limits import InputError
 from mka.loading import load, load_model
 from mka.models import CACHE_ARGUMENT, mechanisms, memory_cache, read_in_pieces, states
 from mka.storage import write_atomically

@@ -23,8 +23,8 @@ from torch.nn.functional import cross_entropy
 
 from mka.attention.grouped import MemoryAttention, Watched
 from mka.commands import RouterConfig
-from mka.config import InputError
 from mka.evaluation.text import chosen_documents, edges, shown
+from mka.limits import InputError
 from mka.loading import load
 from mka.memory.search import Retrieved
 from mka.models import mechanisms

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mka.commands import RulerConfig
-from mka.config import InputError
+from mka.limits import InputError
 from mka.loading import load
 from mka.storage import write_atomically
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mka.commands import PerplexityConfig, TextConfig
-from mka.config import InputError
 from mka.data import load_corpus
+from mka.limits import InputError
 from mka.loading import load
 from mka.statistics import Estimate, ratio, verdict
 from mka.storage import write_atomically

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from mka.arms import Arm
-from mka.config import ATTENTION_TITLES, OPTION_FLAGS, PRESETS, BenchmarkConfig, attention_options
+from mka.config import ATTENTION_TITLES, OPTION_FLAGS, PRESETS, BenchmarkConfig, attention_options, layers_of
 from mka.distributed import Ranks, lost_ranks_said, start_ranks
 from mka.evaluation import HeldOutLoss, held_out_loss
 from mka.experiments.afterwards import observe_models
@@ -188,7 +188,7 @@ def make_model(comparison: Comparison, arm: Arm, seed: int) -> nn.Module:
         options = match_cache(kind, gpt2, config.num_groups, **options)
     elif config.match != "none":
         gpt2.n_inner = matched_intermediate_size(kind, gpt2, config.match, **options)
-    model = build_model(gpt2, kind, seed, **options)
+    model = build_model(gpt2, kind, seed, memory_layers=layers_of(kind, config), **options)
     if config.gradient_checkpointing:
         checkpoint_blocks(model)
     return model
@@ -198,6 +198,8 @@ def settings_of(comparison: Comparison, arm: Arm) -> dict[str, Any]:
     """What a row was made with: of the flags that not all mechanisms take, those that this one does."""
     shared = {name: value for name, value in comparison.description.items() if name not in OPTION_FLAGS}
     taken = attention_options(arm.attention_type, comparison.config) | dict(arm.options)
+    if (layers := layers_of(arm.attention_type, comparison.config)) != "all":
+        taken["memory_layers"] = layers
     return shared | taken | {"seeds": list(comparison.config.seeds)}
 
 

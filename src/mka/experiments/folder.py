@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mka.config import PRESETS, InputError, ResolvedConfig
+from mka.config import PRESETS, ResolvedConfig
 from mka.folders import note_everything, read_noted, write_noted
+from mka.limits import InputError
 from mka.results import flat, read_results, remarks, results_path
 from mka.storage import json_text, sweep, write_json
 

@@ -3,8 +3,9 @@
 import os
 from typing import Any
 
-from mka.config import InputError, ResolvedConfig
+from mka.config import ResolvedConfig
 from mka.distributed import Ranks
+from mka.limits import InputError
 from mka.training import deepspeed_settings
 
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mka.audit_commands import AuditOriginalConfig
-from mka.config import InputError
 from mka.data import load_corpus, prepare_tokens
 from mka.data.corpus import Corpus
 from mka.data.tokenizer import TextTokenizer
 from mka.experiments.original_model import OriginalLM
+from mka.limits import InputError
 from mka.storage import write_atomically
 from mka.training import minimise
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import tracking
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.training import TrainingRun
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}

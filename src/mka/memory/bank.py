@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.memory.disk import MappedFile
 from mka.memory.longterm import INDEX_STORES
 from mka.memory.places import BankLayer
@@ -152,7 +152,7 @@ class Bank:
 
         `states`: those after reading, of one row, with chunks stored apart. The caller holds `writing`.
         """
-        chunks = chunks_of(states[0])
+        chunks = next(chunks_of(state) for state in states if kept_stores(state))
         number = max((document.number for document in self.documents()), default=-1) + 1
         details = {"name": name, "number": number, "tokens": tokens, "chunks": chunks}
         whose = {"fingerprint": self.info["fingerprint"], "identity": identity(text)}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.memory.store import Budget, RecordForm, Store
 
 SMALL_READ = 64

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.memory.entry import Entry
 from mka.memory.state import State
 from mka.ops.attend import (

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mka.config import InputError, check_at_least
+from mka.limits import InputError, check_at_least
 from mka.memory.entry import Entry, runs, store
 from mka.memory.places import Joined, LongTerm
 from mka.memory.store import RecordForm, Records, Store

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mka.config import InputError
+from mka.limits import InputError
 
 
 class RecordForm(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config
 
 from mka.attention import CausalAttention, build_attention
-from mka.config import InputError
+from mka.limits import InputError
 from mka.models.build import mechanisms
 
 CACHE_TOLERANCE = 0.05

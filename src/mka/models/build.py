@@ -10,7 +10,7 @@ from transformers import GPT2Config, PreTrainedConfig
 from mka.attention import CausalAttention
 from mka.config import Preset
 from mka.models.families import PREFIX
-from mka.models.modeling import MODELS, memory_config
+from mka.models.modeling import MODELS, MemoryLayers, memory_config
 
 
 def gpt2_config(
@@ -51,8 +51,13 @@ def preset_config(preset: Preset, eos_token_id: int = 0) -> GPT2Config:
     )
 
 
-def build_model(config: PreTrainedConfig, attention_type: str, seed: int = 0, **options: Any) -> Any:
+def build_model(
+    config: PreTrainedConfig, attention_type: str, seed: int = 0, *, memory_layers: MemoryLayers = "all", **options: Any
+) -> Any:
     """A causal language model of that configuration with a mechanism in every block; `options` are the mechanism's.
+
+    memory_layers: where mka or fmka stand: "all", n for every n-th layer (n - 1, 2 n - 1, ...), or a list of layers
+    from 0; the other layers have windowed attention with sinks, and their caches stay bounded.
 
     config: one of GPT-2, Llama, Mistral, Qwen2 or Qwen3. Embeddings, MLPs and norms depend on (config, seed) alone, so
     two mechanisms start from the same ones. A padded batch needs `attention_mask` and, for GPT-2, which learns its
@@ -60,7 +65,7 @@ def build_model(config: PreTrainedConfig, attention_type: str, seed: int = 0, **
     them itself.
     Raises ValueError for an unknown mechanism, options it does not allow, and a family that is not supported.
     """
-    full = memory_config(deepcopy(config), attention_type, options)
+    full = memory_config(deepcopy(config), attention_type, options, memory_layers=memory_layers)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MODELS[config.model_type.removeprefix(PREFIX)](full)

@@ -14,7 +14,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from mka.attention import CausalAttention
-from mka.config import InputError, LongTermConfig
+from mka.config import LongTermConfig
+from mka.limits import InputError
 from mka.memory.bank import Bank
 from mka.memory.places import LongTerm
 from mka.memory.state import State, StateForm
@@ -227,12 +228,20 @@ def memory_cache(model: nn.Module, config: LongTermConfig | None = None, bank: B
     """
     everywhere = LongTerm.of(config or LongTermConfig())
     attentions = [module for module in model.modules() if isinstance(module, CausalAttention)]
+    remembering = [attention.retrieves for attention in attentions]
     if not attentions and (everywhere.is_special or bank):
         raise InputError(f"{type(model).__name__} is no model of mka; it has no long-term memory to keep elsewhere")
     dtype = getattr(model, "dtype", None)  # that of its activations: a quantized layer's weights have another
-    empty = [attention.initial_state(1, dtype, longterm=everywhere) for attention in attentions]
+    usual = everywhere if not any(remembering) else LongTerm.of(LongTermConfig())  # of layers without a memory
+    kinds = [everywhere if remembers else usual for remembers in remembering]
+    empty = [
+        attention.initial_state(1, dtype, longterm=kind) for attention, kind in zip(attentions, kinds, strict=True)
+    ]
     layers = bank.layers(empty) if bank else [None] * len(attentions)
-    places = [replace(everywhere, bank=layer) for layer in layers]
+    places = [
+        replace(kind, bank=layer if remembers or not any(remembering) else None)
+        for kind, layer, remembers in zip(kinds, layers, remembering, strict=True)
+    ]
     made = zip(attentions, places, strict=True)
     forms = [attention.initial_state(1, dtype, longterm=place).form for attention, place in made]
     return Cache(layers=[StateLayer(form=form) for form in forms])

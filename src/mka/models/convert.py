@@ -8,25 +8,29 @@ import torch
 from torch import Tensor, nn
 
 from mka.attention.grouped import GroupedAttention
-from mka.config import InputError
+from mka.limits import InputError
 from mka.models.adapter import AttentionAdapter
 from mka.models.build import mechanisms
 from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of
-from mka.models.modeling import MODELS, memory_config
+from mka.models.modeling import MODELS, MemoryLayers, memory_config
 from mka.models.plain import check_plain, plain_name, unwrapped
 from mka.models.weights import others
 
 CONVERTIBLE = ("mha", "mqa", "gqa", "mka", "fmka")
 
 
-def convert(model: Any, attention_type: str, **options: Any) -> Any:
+def convert(model: Any, attention_type: str, *, memory_layers: MemoryLayers = "all", **options: Any) -> Any:
     """A new model with `model`'s weights and a mechanism in every block; `model` itself stays as it is.
 
     model: GPT-2, Llama, Mistral, Qwen2 or Qwen3 for causal language modelling, converted already or not. Projections
     q, k, v, o are kept. With gqa and the model's own number of groups nothing changes; with fewer groups the heads of
-    a group are averaged (arXiv 2305.13245, section 2.1), with more they are repeated. mka and fmka get a router whose
-    gate is a parameter that starts at 0: until it moves, they are the model's own attention within `local_window`.
-    At the first step the gate alone has a gradient, from then on everything behind it.
+    a group are averaged (arXiv 2305.13245, section 2.1), with more they are repeated.
+
+    mka reads window, sinks and retrieved chunks by one softmax (mix="joint"): within `local_window` it is the model's
+    own attention exactly, and beyond it near that without any training; `max_distance` is the model's
+    max_position_embeddings. `memory_layers` says which layers have it, as in `build_model`. The session average is shut
+    by a gate, a parameter that starts at 0; so are all memories of fmka and of routed mka, which until it moves are the
+    model's own attention within the window, with sinks.
 
     Of a compiled model, or one in DataParallel or DistributedDataParallel, what is wrapped is taken. All weights of
     `model` but those of a router and memories arrive, and all of the new model but those of its router and memories
@@ -52,7 +56,7 @@ def convert(model: Any, attention_type: str, **options: Any) -> Any:
         options = {"num_kv_heads": groups} | options
     if ours and ours[0].local_window is not None:
         options = {"local_window": ours[0].local_window} | options
-    full = memory_config(deepcopy(config), attention_type, options, learned_gate=True)
+    full = memory_config(deepcopy(config), attention_type, options, memory_layers=memory_layers, learned_gate=True)
     converted = MODELS[config.model_type.removeprefix(PREFIX)](full).to(device=model.device, dtype=model.dtype)
     copy_weights(*(outside_attention(each, family.attention_name) for each in (model, converted)))
     converted.generation_config = deepcopy(model.generation_config)

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mka.attention.base import Bias
-from mka.config import InputError
+from mka.limits import InputError
 from mka.ops.rotary import RotaryEmbedding
 
 

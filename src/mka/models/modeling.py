@@ -5,10 +5,10 @@ After `import mka.models`, AutoConfig and AutoModelForCausalLM load a folder tha
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from mka.attention import ATTENTION_TYPES, CausalAttention, build_attention
 from mka.attention.grouped import GroupedAttention
-from mka.config import SINK_TOKENS, InputError, nearest, unknown_name
+from mka.limits import LOCAL_WINDOW, SINK_TOKENS, InputError, nearest, unknown_name
 from mka.memory.local import shown_weights
 from mka.memory.router import Router
 from mka.models.adapter import PADDING_MASK, AttentionAdapter
@@ -41,10 +41,13 @@ from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of, rot
 from mka.models.versions import CACHE_ARGUMENT, cache_among, check_version, columns_of, renamed, with_cache
 from mka.models.weights import check_finite, check_loaded, check_precision
 
+MemoryLayers = Literal["all"] | int | Sequence[int]
 FROM_CONFIG = ("hidden_size", "num_heads", "head_dim", "bias", "rotary")
 """Options of a mechanism that the backbone's configuration decides."""
 
 
+WITH_MEMORY = ("mka", "fmka")
+"""Mechanisms that a model can have in some layers only."""
 BEFORE = {"mix": "routed", "sink_tokens": 0, "longterm_positions": "clamped", "max_distance": None}
 """Options that configurations always hold, and what a model had before they existed."""
 
@@ -72,16 +75,47 @@ def check_options(attention_type: str, options: dict[str, Any]) -> None:
             )
 
 
-def make_attention(config: Any) -> CausalAttention:
-    """The mechanism that a configuration describes; its weights are as torch makes them."""
-    family, options = family_of(config), dict(config.attention_options)
-    check_options(config.attention_type, options)
+def memory_layers_of(config: Any) -> list[int]:
+    """The layers of a configuration that have its mechanism, first one first. Raises ValueError for a choice of none,
+    of layers that there are not, and for mechanisms without a memory or a window."""
+    count, chosen = config.num_hidden_layers, config.memory_layers
+    if chosen == "all":
+        return list(range(count))
+    if config.attention_type not in WITH_MEMORY or config.attention_options.get("local_window", 0) is None:
+        raise InputError(
+            f"memory_layers is {chosen!r}; {config.attention_type} as it is here has no memory that other layers could "
+            f"be without; allowed: 'all', or {' or '.join(WITH_MEMORY)} with a local_window"
+        )
+    if isinstance(chosen, int) and not isinstance(chosen, bool) and 1 <= chosen <= count:
+        return list(range(chosen - 1, count, chosen))
+    if isinstance(chosen, list | tuple) and chosen and all(type(n) is int and 0 <= n < count for n in chosen):
+        return sorted(set(chosen))
+    raise InputError(
+        f"memory_layers is {chosen!r}; allowed: 'all', every n-th layer by a number from 1 to {count}, or a list of "
+        f"layers from 0 to {count - 1}"
+    )
+
+
+def make_attention(config: Any, layer: int = 0) -> CausalAttention:
+    """The mechanism that a configuration describes for a layer; its weights are as torch makes them.
+
+    A layer that is to have no memory has windowed attention, with the window and the sinks of those that have one.
+    """
+    family, options, kind = family_of(config), dict(config.attention_options), config.attention_type
+    check_options(kind, options)
     head_dim = head_dim_of(config)
+    if layer not in memory_layers_of(config):
+        shared = {name: options.get(name) for name in ("sink_tokens", "max_distance")}
+        heads = options.get("num_kv_heads") or config.num_attention_heads
+        kind, options = (
+            "gqa",
+            shared | {"num_kv_heads": heads, "local_window": options.get("local_window", LOCAL_WINDOW)},
+        )
     if family.rotary:
-        rope_dim = options.setdefault("qk_rope_head_dim", head_dim) if config.attention_type == "mla" else head_dim
+        rope_dim = options.setdefault("qk_rope_head_dim", head_dim) if kind == "mla" else head_dim
         options["rotary"] = rotary_of(config, rope_dim) if rope_dim else None
     sizes = {"hidden_size": config.hidden_size, "num_heads": config.num_attention_heads, "head_dim": head_dim}
-    attention = build_attention(config.attention_type, **sizes, bias=family.bias(config), **options)
+    attention = build_attention(kind, **sizes, bias=family.bias(config), **options)
     for module in attention.modules():
         if config.learned_gate and isinstance(module, Router):
             module.learn_gate()
@@ -92,10 +126,12 @@ def make_attention(config: Any) -> CausalAttention:
 
 class MemoryConfig(PreTrainedConfig):
     """What our configurations add: attention_type, the mechanism's name; attention_options, its keyword arguments;
-    learned_gate, whether the router's gate is a parameter, as after a conversion."""
+    memory_layers, which layers have it where it is mka or fmka: "all", n for every n-th, or a list (the others have the
+    window and the sinks alone); learned_gate, whether the router's gate is a parameter, as after a conversion."""
 
     attention_type: str = "fmka"
     attention_options: dict[str, Any] | None = None
+    memory_layers: Any = "all"
     learned_gate: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -103,6 +139,7 @@ class MemoryConfig(PreTrainedConfig):
         options = dict(self.attention_options or {})
         check_options(self.attention_type, options)
         self.attention_options = defaults_of(self.attention_type, BEFORE) | options
+        memory_layers_of(self)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -154,7 +191,7 @@ class MemoryModel(PreTrainedModel):
         family = family_of(config)
         dropout = config.resid_pdrop if hasattr(config, "resid_pdrop") else 0.0
         for number, block in enumerate(family.blocks(self)):
-            attention = make_attention(config)
+            attention = make_attention(config, number)
             attention.init_weights(config.initializer_range, residual_std(config))
             setattr(block, family.attention_name, AttentionAdapter(attention, number, dropout))
         self.config._attn_implementation = PADDING_MASK

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.models.families import PREFIX, head_dim_of, rotary_of
 from mka.models.modeling import MODELS
 from mka.models.weights import FLOATS, not_finite, others

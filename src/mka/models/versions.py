@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.models.cache import StateLayer
 from mka.models.families import family_of
 from mka.ops.packing import documents_of

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.models.adapter import AttentionAdapter
 
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")

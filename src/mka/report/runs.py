@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.observations import Cost, Routing, read_costs, read_routing
 from mka.report.curves import mean_curve
 from mka.report.summary import Summary, latest, summarise

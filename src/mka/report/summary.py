@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from mka.config import ATTENTION_TITLES, unknown_name
+from mka.config import ATTENTION_TITLES
+from mka.limits import unknown_name
 from mka.results import Result
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.report.conditions import configuration, environments
 from mka.report.differences import differences, differences_table
 from mka.report.figures import save_figures

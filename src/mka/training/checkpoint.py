@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mka.config import InputError
+from mka.limits import InputError
 from mka.storage import check_folder, remove, sync_folder, write_folder, write_json
 
 NAME = "step-{:08d}"

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mka.config import InputError
+from mka.limits import InputError
 
 DEFAULT: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 STAGES = (1, 2, 3)
