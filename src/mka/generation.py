@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, TextStreamer
 
+from mka.attention.grouped import MemoryAttention, Watched
 from mka.commands import GenerateConfig, ModelChoice
 from mka.limits import InputError
 from mka.loading import load
 from mka.memory.bank import Bank
-from mka.memory.router import Router
+from mka.memory.search import Retrieved
 from mka.models import CACHE_ARGUMENT, cache_of, fingerprint, memory_cache, states
 
 LEVELS = ("local", "session", "long-term")
@@ -45,18 +46,21 @@ class RouterShares:
 
 @contextmanager
 def watched_routers(model: nn.Module) -> Iterator[RouterShares]:
-    """Inside, what the model's routers decide is counted."""
+    """Inside, the weights of the memory levels are counted."""
     shares = RouterShares()
 
-    def count(_module: nn.Module, _inputs: Any, weights: Any) -> None:
-        shares.add(weights)
+    def count(what: Watched | Retrieved) -> None:
+        if isinstance(what, Watched):
+            shares.add(what.weights.mean(2))
 
-    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, Router)]
+    layers = [module for module in model.modules() if isinstance(module, MemoryAttention)]
     try:
+        for layer in layers:
+            layer.watcher = count
         yield shares
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in layers:
+            layer.watcher = None
 
 
 class Conversation:

@@ -36,7 +36,7 @@ ORIGINAL: dict[str, dict[str, Any]] = {
     "python src/experiments/benchmark.py --attention_type mka": {
         "attention_type": ("mka",),
         "max_steps": QUICK.max_steps,
-        "local_window": 128,
+        "local_window": "auto",
     },
     "python src/experiments/benchmark.py --attention_type gqa --num_groups 8 --batch_size 16 --epochs 5": {
         "attention_type": ("gqa",),

@@ -17,6 +17,8 @@ from mka.memory.router import Router
 from mka.models import mechanisms
 
 KINDS = ("mka", "fmka")
+ROUTED = {"mka": {"mix": "routed"}}
+"""The mechanisms whose router gives weights."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def changed(folder: Path, kind: str, change: Callable[[Router], None]) -> Path:
     """A saved model whose routers were changed."""
-    save_model(folder, kind)
+    save_model(folder, kind, **ROUTED.get(kind, {}))
     model, _ = load(str(folder))
     with torch.no_grad():
         for attn in mechanisms(model):
@@ -112,17 +114,20 @@ def test_a_router_without_a_choice_has_not_collapsed(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shares_of_each_piece_and_of_each_token_of_the_first_row(kind: str, tmp_path: Path) -> None:
-    model, _ = load(str(save_model(tmp_path / "model", kind, std=1.0)))
+def test_shares_of_each_piece_and_of_each_token_of_the_first_row(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load(str(save_model(tmp_path / "model", kind, std=1.0, **ROUTED.get(kind, {}))))
     ids = torch.randint(300, (3, 32), generator=torch.manual_seed(0))
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    real = Router.weights
 
-    def note(_module: Any, inputs: Any, mix: torch.Tensor) -> None:
-        seen.append((mix, inputs[1].expand(mix.shape)))
+    def note(router: Router, q: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+        mix = real(router, q, exists)
+        seen.append((mix, exists.expand(mix.shape)))
+        return mix
 
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.register_forward_hook(note)
+    monkeypatch.setattr(Router, "weights", note)
     found = routing_of(model, [ids[:2], ids[2:]], pieces=4)
     layers = len(mechanisms(model))
     for number, shares in enumerate(found["shares"]):
@@ -134,6 +139,39 @@ def test_shares_of_each_piece_and_of_each_token_of_the_first_row(kind: str, tmp_
     first_row = torch.stack([mix[0] for mix, _ in seen[:layers]]).mean(0)
     assert torch.tensor(found["served"]) == pytest.approx(first_row, abs=1e-4)
     assert found["edges"] == [0, 8, 16, 24, 32]
+
+
+def biased(level: int, head: int) -> Callable[[Router], None]:
+    def change(router: Router) -> None:
+        router.output.weight.zero_()
+        router.output.bias.copy_(torch.tensor([-60.0, -60.0, -60.0]).repeat(router.num_heads or 1))
+        router.output.bias[::3] = 0
+        router.output.bias[3 * head + level] = 60
+
+    return change
+
+
+@pytest.mark.parametrize(("level", "head"), [(1, 0), (2, 3)])
+def test_the_mass_of_each_level_by_head(
+    level: int, head: int, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of joint mka: one head leans on one level, the others read the window alone."""
+    folder = save_model(tmp_path / "joint", "mka")
+    model, _ = load(str(folder))
+    with torch.no_grad():
+        for attn in mechanisms(model):
+            biased(level, head)(attn.get_submodule("router"))  # pyright: ignore[reportArgumentType]
+    model.save_pretrained(folder)
+    rows, out = found(folder, text, tmp_path, capsys)
+    assert "by head" in out
+    for layer in rows["layers"]:
+        for number, mass in enumerate(layer["by_head"]):
+            assert sum(mass) == pytest.approx(1, abs=1e-5)
+            assert mass[0] == pytest.approx(0 if number == head else 1, abs=0.15)
+        whole = np.mean(layer["by_head"], axis=0).tolist()
+        assert layer["shares"] == pytest.approx(whole, abs=1e-5)
+    assert abs(rows["knock_out"][f"L{level + 1}"]["value"]) > 1e-6
+    assert abs(rows["knock_out"][f"L{4 - level}"]["value"]) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 import checks
 import checks_memory
-from mka.attention.grouped import GroupedAttention
 from mka.attention.mka import MemoryKeyedAttention
 from mka.memory import longterm, session
 from mka.memory.router import Router
@@ -69,7 +68,7 @@ def no_sinks(patch: pytest.MonkeyPatch) -> None:
 
 def a_gap_between_window_and_chunks(patch: pytest.MonkeyPatch) -> None:
     """The window is exactly as wide as it is said, and up to c - 1 tokens are nowhere."""
-    patch.setattr(MemoryKeyedAttention, "window", property(lambda attn: GroupedAttention.window.fget(attn)))  # pyright: ignore
+    patch.setattr(MemoryKeyedAttention, "window_begins", 1)
 
 
 def a_bias_that_leaks_to_another_head(patch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,6 @@ def build_result(kind: str = "mka", seed: int = 0, **changes: Any) -> Result:
             "seeds": [0],
             "output_dir": "somewhere",
             "text_path": [],
-            "local_window": 128,
             "data": {"fingerprint": "ab12"},
             "model": {"hidden_size": 256},
         },

@@ -216,16 +216,19 @@ class CausalAttention(nn.Module, ABC):
         if self.local_window is None:
             return None
         until = None if self.rotary is None else self.max_distance
-        return Window(self.local_window, self.sink_tokens, until=until)
+        return Window(self.local_window, self.sink_tokens, self.window_begins, until)
 
-    def far_queries(self, q: Tensor, positions: Tensor | None, t: Tensor) -> Tensor | None:
+    @property
+    def window_begins(self) -> int:
+        """Tokens to whose multiples the beginning of a window reaches back."""
+        return 1
+
+    def far_queries(self, q: Tensor, positions: Tensor | None, t: Tensor) -> Tensor:
         """q (B, T, H, D), not yet rotated, as tokens further than `max_distance` from a row's first ones meet them.
 
-        They stand at that distance from the token with index 0, whatever its position. None: nobody is that far.
+        They stand at that distance from the token with index 0, whatever its position.
         """
-        if self.window is None or self.window.until is None or positions is None:
-            return None
-        return self.rotate(q, positions - t + self.window.until)
+        return q if positions is None else self.rotate(q, positions - t + (self.max_distance or 0))
 
     def linear_parameters(self, *shapes: tuple[int, int]) -> int:
         """Parameters of linear layers of (inputs, outputs) before the attention, and of the output projection."""

@@ -1,6 +1,7 @@
 """What the mechanisms with grouped key/value heads share, and what the two with memories add to it."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ class GroupedAttention(CausalAttention):
         lse: bool = False,
     ) -> Read:
         """What q (B, T, H, D) reads of the tokens k and v (B, T, G, D), none rotated yet, and of those before."""
-        far = self.far_queries(q, positions, token_index(q, state))
+        far = partial(self.far_queries, q, positions, token_index(q, state))
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         return attend_local(q, k, v, self.window, state, names, far=far, lse=lse)
 

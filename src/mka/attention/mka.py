@@ -18,6 +18,7 @@ K chunks retrieved, J = T // c, M = 3 levels.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ from mka.memory.router import LOCAL, LONG_TERM, SESSION
 from mka.memory.search import AsRead, retrieve, retrieve_as_read
 from mka.memory.session import attend_slots, slot_columns
 from mka.memory.state import State
-from mka.ops.attend import Read, Window, both, mixed, shares_of, sum_of
+from mka.ops.attend import Read, both, mixed, shares_of, sum_of
 from mka.ops.rotary import RotaryEmbedding
 
 TOKENS, LOCAL_TOKENS, SLOTS = ("k", "v"), ("local_k", "local_v"), ("slot_k", "slot_v")
@@ -117,11 +118,8 @@ class MemoryKeyedAttention(MemoryAttention):
         self.longterm_positions = longterm_positions
 
     @property
-    def window(self) -> Window | None:
-        window = super().window
-        if window is None or not (self.is_joint and self.top_k):
-            return window
-        return window._replace(chunk=self.chunk_size)
+    def window_begins(self) -> int:
+        return self.chunk_size if self.is_joint and self.top_k else 1
 
     @property
     def hidden_sinks(self) -> int:
@@ -144,7 +142,7 @@ class MemoryKeyedAttention(MemoryAttention):
         """Query, three reads, one softmax, output: x (B, T, C), positions (T,) or (B, T) -> y (B, T, C)."""
         q, k, v = self.queries(x), self.keys(x), self.values(x)
         t, rotated = token_index(x, state), (self.rotate(q, positions), self.rotate(k, positions))
-        far = self.far_queries(q, positions, t)
+        far = partial(self.far_queries, q, positions, t)
         local = attend_local(*rotated, v, self.window, state, self.local_stores, far=far, lse=self.is_joint)
         reads = [(LOCAL, local)]
         if self.session is not None:
@@ -289,6 +287,10 @@ class MemoryKeyedAttention(MemoryAttention):
         is_near = torch.arange(places.shape[1], device=places.device) >= chunks.banked
         distance = t.unsqueeze(2) - places.unsqueeze(1)
         is_near = is_near & (distance <= (distance if limit is None else limit))
+        if torch.compiler.is_compiling() and not chunks.banked:
+            check: Any = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+            check(is_near.all(), f"a row is longer than max_distance, {limit}; a compiled model reads no further")
+            return None
         return None if bool(is_near.all()) else is_near
 
     def farthest(self, x: Tensor) -> Tensor:

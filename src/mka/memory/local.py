@@ -71,21 +71,21 @@ def attend_local(
     scale: float | None = None,
     expand: Expand | None = None,
     *,
-    far: Tensor | None = None,
+    far: Callable[[], Tensor] | None = None,
     lse: bool = False,
 ) -> Read:
     """Causal attention over the window (None: all tokens), those of the state included.
 
     q (B, T, H, D), k and v (B, T, G, D), rotated; the state keeps k and v under `names` (twice the same: k is v).
     `expand` makes keys and values of what the state keeps, where that is something else; k is then what it keeps.
-    `far` (B, T, H, D): the queries as tokens beyond `window.until` meet the sinks.
+    `far` gives the queries (B, T, H, D) as tokens beyond `window.until` meet the sinks.
     Returns (B, T, H, D), and the log-sum-exps where `lse` asks for them. Raises ValueError where weights are shown that
     have no such place.
     """
     if far is not None and window is not None and is_beyond(q, window, state):
         read = attend_local(q, k, v, window, state, names, scale, expand, lse=True)
         held = [k[:, : window.sinks], v[:, : window.sinks]] if state is None else [state.first(name) for name in names]
-        return both(read, read_sinks(far, held, token_index(q, state), window, scale), lse=lse)
+        return both(read, read_sinks(far(), held, token_index(q, state), window, scale), lse=lse)
     if (shown := shown_here()) is not None:
         shown.append(weights_over_tokens(q, k, window, state, names[0], scale, expand))
     if state is None:

@@ -160,7 +160,8 @@ def attend_chunks(
         return gather_chunks(q, k, v, retrieved, chunk_size, seen, sinks=sinks, lse=lse)
     if seen is None and sinks:
         seen = torch.arange(k.shape[1], device=q.device) >= sinks
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not trained and not torch.compiler.is_compiling():
         together = attend_unions(q, k, v, *retrieved, chunk_size, seen)
         if together is not None:
             return Read(*together)

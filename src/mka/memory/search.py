@@ -194,6 +194,9 @@ def top_by_place(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     -inf is no candidate, and its place means nothing.
     """
     count = min(top_k, scores.shape[-1])
+    if torch.compiler.is_compiling():  # what follows asks for values
+        best, place = scores.sort(dim=-1, descending=True, stable=True)
+        return best[..., :count], place[..., :count]
     if count == scores.shape[-1] or not count:
         return scores.sort(dim=-1, descending=True, stable=True)
     best, place = scores.topk(count + 1)

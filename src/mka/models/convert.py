@@ -55,7 +55,8 @@ def convert(model: Any, attention_type: str, *, memory_layers: MemoryLayers = "a
     if attention_type not in ("mha", "mqa"):
         options = {"num_kv_heads": groups} | options
     if ours and ours[0].local_window is not None:
-        options = {"local_window": ours[0].local_window} | options
+        kept = {"local_window": ours[0].local_window, "sink_tokens": ours[0].sink_tokens}
+        options = kept | options
     full = memory_config(deepcopy(config), attention_type, options, memory_layers=memory_layers, learned_gate=True)
     converted = MODELS[config.model_type.removeprefix(PREFIX)](full).to(device=model.device, dtype=model.dtype)
     copy_weights(*(outside_attention(each, family.attention_name) for each in (model, converted)))

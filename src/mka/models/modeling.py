@@ -323,11 +323,11 @@ def memory_config(config: PreTrainedConfig, attention_type: str, options: dict[s
     check_options(attention_type, options)
     defaults = inspect.signature(ATTENTION_TYPES[attention_type]).parameters
     options = dict(options)
+    if window_of(config) is not None and "sink_tokens" in defaults:
+        options.setdefault("sink_tokens", 0)  # a backbone with a window of its own was made without sinks
     if family_of(config).rotary and "num_kv_heads" in defaults:
         options.setdefault("num_kv_heads", kv_heads_of(config))
     if defaults["local_window"].default is None and (window := window_of(config)) is not None:
-        if "local_window" not in options:
-            options["sink_tokens"] = options.get("sink_tokens", 0)  # as the backbone itself has it
         options.setdefault("local_window", window)
     if family_of(config).rotary and "max_distance" in defaults:
         options.setdefault("max_distance", trained_distance(config, options, defaults))

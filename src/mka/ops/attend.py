@@ -128,7 +128,7 @@ def attend_causal(
     else:
         sinks = k[:, : window.sinks], v[:, : window.sinks]
         read = attend_window(q, k, v, sinks, window, 0, scale, lse=lse)
-    return read._replace(values=read.values[..., :width])
+    return Read(read.values[..., :width], read.lse)
 
 
 def attend_masked(

@@ -7,6 +7,7 @@ from typing import Any
 
 from mka.arms import STUDIES
 from mka.config import ATTENTION_TITLES, PRESETS, BenchmarkConfig
+from mka.limits import LOCAL_WINDOW
 from mka.report.runs import Run
 from mka.results import Result
 
@@ -16,6 +17,8 @@ ENVIRONMENT = (
 )
 """What of the environment is named; the rest stands in the folder."""
 SAID_OTHERWISE = ("attention_type", "study", "seeds", "output_dir")
+WINDOWED = ("mka", "fmka")
+"""Mechanisms that have a window where none is given."""
 PRESET_VALUES = ("tokenizer", "sequence_length", "batch_size", "learning_rate", "max_steps")
 
 
@@ -41,6 +44,8 @@ def words_of(run: Run, study: str | None) -> list[str]:
     preset = PRESETS.get(config.get("preset", usual["preset"]))
     usual |= {name: getattr(preset, name) for name in PRESET_VALUES if preset is not None}
     usual_kinds, usual_seeds = set(ATTENTION_TITLES), (0,)
+    if not any("local_window" in row.config for row in run.rows if row.attention_type not in WINDOWED):
+        usual["local_window"] = LOCAL_WINDOW  # as "auto" has it
     words = ["mka", "bench"]
     if study is not None:
         words += ["--study", study]
@@ -51,6 +56,9 @@ def words_of(run: Run, study: str | None) -> list[str]:
     for name, value in config.items():
         if name in usual and name not in SAID_OTHERWISE and plain(value) != plain(usual[name]):
             words += option(name, value)
+    of_mka = [row.config for row in run.rows if row.attention_type == "mka" and "session_stride" in row.config]
+    if any("mix" not in config for config in of_mka):
+        words += ["--mix", "routed", "--sink_tokens", "0"]  # made before there was another
     if tuple(seeds) != usual_seeds:
         words += option("seeds", seeds)
     return words
