@@ -38,10 +38,10 @@ def main() -> None:
 
 def compare(q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved) -> None:
     def gathered() -> Tensor:
-        return longterm.gather_chunks(q, k, v, retrieved, CHUNK_SIZE)
+        return longterm.gather_chunks(q, k, v, retrieved, CHUNK_SIZE).values
 
     def by_chunk() -> Tensor:
-        return longterm.chunk_attention(q, k, v, *retrieved, CHUNK_SIZE)[0]
+        return longterm.chunk_attention(q, k, v, *retrieved, CHUNK_SIZE, None)[0]
 
     torch.testing.assert_close(gathered(), by_chunk())
     times: list[tuple[float, float]] = [(seconds(gathered), seconds(by_chunk)) for _ in range(TURNS)]

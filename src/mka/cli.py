@@ -2,6 +2,7 @@
 
     mka bench ...      compare mechanisms (the same as python src/experiments/benchmark.py ...)
     mka report DIR     redraw table and figures from a folder of results; --html: a page of one or several
+    mka convert        give a pretrained model a memory, and save it as a folder
     mka verify DIR     compare everything in a folder of results, or of a saved model, with its checksums
     mka generate ...   continue a text with a saved model
     mka chat ...       talk with one; it reads each turn once
@@ -52,6 +53,7 @@ from mka.commands import (
 )
 from mka.config import BenchmarkConfig
 from mka.limits import InputError
+from mka.model_commands import ConvertConfig
 from mka.report import (
     console_table,
     differences,
@@ -71,6 +73,7 @@ GO_ON = "run the same command again to go on, finished results are kept"
 
 OTHER_COMMANDS: dict[str, Any] = {
     "report": ReportConfig,
+    "convert": ConvertConfig,
     "verify": VerifyConfig,
     "generate": GenerateConfig,
     "chat": ChatConfig,
@@ -89,6 +92,7 @@ OTHER_COMMANDS: dict[str, Any] = {
 Command = (
     Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+    | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
     | Annotated[VerifyConfig, tyro.conf.subcommand("verify")]
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
     | Annotated[ChatConfig, tyro.conf.subcommand("chat")]
@@ -170,7 +174,7 @@ def one_line(box: str, command: Any = BenchmarkConfig) -> str:
     message = " ".join(paragraph)
     flags = [word.strip(",") for word in message.split() if word.startswith("--")]
     if message.startswith("Unrecognized or misplaced"):
-        message += "; a command comes first: bench, report, verify, generate, chat, memory, eval or audit"
+        message += "; a command comes first: bench, report, convert, verify, generate, chat, memory, eval or audit"
     elif message.startswith("Unrecognized") and flags:
         known = [f"--{field.name}" for field in fields(command)]
         alike = [flag for flag in known if flag.startswith(flags[0][:4])] or known
@@ -264,6 +268,7 @@ def finish(folder: Path, console: Console) -> int:
 RUN: dict[type, Callable[[Any], int]] = {
     BenchmarkConfig: run_bench,
     ReportConfig: run_report,
+    ConvertConfig: printing("mka.converting", "convert_model"),
     VerifyConfig: printing("mka.verifying", "verify"),
     GenerateConfig: printing("mka.generation", "generate"),
     ChatConfig: run_chat,

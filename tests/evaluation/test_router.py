@@ -17,7 +17,7 @@ from mka.memory.router import Router
 from mka.models import mechanisms
 
 KINDS = ("mka", "fmka")
-ROUTED = {"mka": {"mix": "routed"}}
+ROUTED: dict[str, Any] = {"mka": {"mix": "routed"}}
 """The mechanisms whose router gives weights."""
 
 

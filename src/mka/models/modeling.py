@@ -319,7 +319,8 @@ def trained_distance(config: Any, options: dict[str, Any], defaults: Any) -> int
 def memory_config(config: PreTrainedConfig, attention_type: str, options: dict[str, Any], **fields: Any) -> Any:
     """The configuration of the same backbone with a mechanism. Raises ValueError for a family that is not supported."""
     values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-    values.pop("transformers_version", None)
+    for name in ("transformers_version", "quantization_config"):  # weights are plain numbers here
+        values.pop(name, None)
     check_options(attention_type, options)
     defaults = inspect.signature(ATTENTION_TYPES[attention_type]).parameters
     options = dict(options)
