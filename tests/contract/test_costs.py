@@ -45,35 +45,38 @@ def test_state_is_what_the_naive_twin_holds(kind: str, variant: str, tokens: int
     steps: Any = twin_of(attn)(attn, checks.rows(1, tokens)[0], torch.arange(tokens))
     for _ in range(tokens):
         next(steps)
-    narrow, wide = held_numbers(kind, attn, steps.gi_frame.f_locals)
-    assert attn.state_nbytes(1, tokens) == 8 * (narrow + wide)
-    assert attn.state_nbytes(3, tokens, torch.bfloat16) == 3 * (2 * narrow + 4 * wide)
+    narrow, wide, whole = held_numbers(kind, attn, steps.gi_frame.f_locals)
+    assert attn.state_nbytes(1, tokens) == 8 * (narrow + wide + whole)
+    assert attn.state_nbytes(3, tokens, torch.bfloat16) == 3 * (2 * narrow + 4 * wide + 8 * whole)
 
 
-def held_numbers(kind: str, attn: Any, held: dict) -> tuple[int, int]:
-    """Numbers in the twin's lists that a later token can still read; those apart that stay in float32."""
+def held_numbers(kind: str, attn: Any, held: dict) -> tuple[int, int, int]:
+    """Numbers in the twin's lists that a later token can still read; those apart that stay in float32, and those that
+    are whole numbers."""
 
     def latest(name: str) -> int:
-        return sum(x.numel() for x in held[name][-(attn.local_window or len(held[name])) :])
+        kept = len(held[name]) if attn.window is None else attn.window.reach + attn.sink_tokens
+        return sum(x.numel() for x in held[name][:kept])
 
     def everything(name: str) -> int:
         return sum(x.numel() for x in held[name])
 
     if kind in ("mha", "mqa", "gqa"):
-        return latest("keys") + latest("values"), 0
+        return latest("keys") + latest("values"), 0, 0
     if kind == "mla":
-        return latest("latents") + (latest("rope_keys") if attn.qk_rope_head_dim else 0), 0
+        return latest("latents") + (latest("rope_keys") if attn.qk_rope_head_dim else 0), 0, 0
     average = 0 if attn.session is None else held["session"].m.numel()
     if kind == "fmka":
         open_chunk = attn.hidden_size if attn.top_k else 0
         narrow = latest("keys") + latest("values") + everything("index_keys")
-        return narrow, average + open_chunk + everything("means")
-    tokens = everything if attn.top_k else latest
-    summaries = everything("summaries") + attn.kv_size if attn.top_k else 0
-    narrow = tokens("raw") + tokens("values") + everything("slots") + everything("slot_values")
-    if attn.top_k and attn.rotary is not None:  # the long-term level needs them unrotated, the window rotated
-        narrow += latest("placed") + latest("values")
-    return narrow, average + summaries
+        return narrow, average + open_chunk + everything("means"), 0
+    narrow = latest("placed") + latest("values") + everything("slots") + everything("slot_values")
+    if not attn.top_k:
+        return narrow, average, 0
+    chunks = len(held["raw"]) // attn.chunk_size
+    stand_apart = attn.rotary is not None and attn.longterm_positions == "true"
+    narrow += everything("raw") + everything("values") + chunks * attn.kv_size * (2 if stand_apart else 1)
+    return narrow, average + attn.kv_size, chunks if stand_apart else 0
 
 
 @pytest.mark.parametrize("kind", ["mla"])

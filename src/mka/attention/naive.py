@@ -106,9 +106,10 @@ def naive_mka(attn: MemoryKeyedAttention, x: Tensor, positions: Tensor) -> Itera
             del slots[: -attn.slots_read], slot_values[: -attn.slots_read]
         seen = window_tokens(attn, t)
         local = weighed(local_scores(attn, q, position, placed, seen, t), [values[s] for s in seen])
-        scores = all_scores(place(attn.rotary, q, position), slots) if slots else q.new_full((len(q), 1), -torch.inf)
-        levels = [local, weighed(scores, slot_values or [torch.zeros_like(values[0])])]
-        levels.append(read_chunks(attn, q, t, raw, values, places))
+        session_read = torch.zeros_like(q), q.new_full((len(q),), -torch.inf)
+        if slots:
+            session_read = weighed(all_scores(place(attn.rotary, q, position), slots), slot_values)
+        levels = [local, session_read, read_chunks(attn, q, t, raw, values, places)]
         yield attn.o_proj(mixed(attn, q, levels).flatten())
 
 
@@ -128,13 +129,12 @@ def local_scores(
     attn: CausalAttention, q: Tensor, position: Tensor, keys: list[Tensor], seen: list[int], t: int
 ) -> Tensor:
     """(H, N): one query (H, D) against rotated keys (G, D); sinks stand no further away than `max_distance`."""
-    scores = all_scores(place(attn.rotary, q, position), [keys[s] for s in seen])
-    limit = attn.max_distance
-    if attn.rotary is None or limit is None or t <= limit:
-        return scores
-    bounded = all_scores(place(attn.rotary, q, position - t + limit), [keys[s] for s in seen])
-    is_sink = torch.tensor([s < attn.sink_tokens for s in seen])
-    return torch.where(is_sink, bounded, scores)
+    here, limit = place(attn.rotary, q, position), attn.max_distance
+    if attn.rotary is None or limit is None or t <= limit or not attn.sink_tokens or attn.local_window is None:
+        return all_scores(here, [keys[s] for s in seen])
+    sinks, others = ([s for s in seen if (s < attn.sink_tokens) == is_sink] for is_sink in (True, False))
+    far = place(attn.rotary, q, position - t + limit)
+    return torch.cat([all_scores(far, [keys[s] for s in sinks]), all_scores(here, [keys[s] for s in others])], dim=1)
 
 
 def read_chunks(
@@ -149,49 +149,48 @@ def read_chunks(
 
     keys are not rotated. Each query meets each key on its own, at the distance that the two have.
     """
-    size, sinks, width = attn.chunk_size, attn.sink_tokens, q.shape[-1] ** 0.5
-    nothing = torch.zeros_like(q), q.new_full((len(q),), -torch.inf)
-    candidates = [
-        [s for s in range(j * size, (j + 1) * size) if s >= sinks]
-        for j in range(max(0, (t + 1 - (attn.local_window or 0)) // size) if attn.top_k else 0)
-    ]
-    candidates = [tokens for tokens in candidates if tokens]
-    if not candidates:
-        return nothing
+    size, groups = attn.chunk_size, attn.num_kv_heads
+    completed = max(0, (t + 1 - (attn.local_window or 0)) // size) if attn.top_k else 0
+    chunks = [j for j in range(completed) if (j + 1) * size > attn.sink_tokens]
+    if not chunks:
+        return torch.zeros_like(q), q.new_full((len(q),), -torch.inf)
 
-    def as_read(tokens: list[int]) -> tuple[Tensor, Tensor]:
-        """The query, and the keys (N, G, D) of a chunk, as they meet."""
+    def as_read(j: int) -> tuple[Tensor, Tensor]:
+        """The query (H, D), and the keys (c, G, D) of a chunk, as they meet."""
+        tokens = range(j * size, (j + 1) * size)
+        met = torch.stack([keys[s] for s in tokens])
         if attn.rotary is None or attn.longterm_positions == "none":
-            return q, torch.stack([keys[s] for s in tokens])
+            return q, met
         if attn.longterm_positions == "clamped":
-            return place(attn.rotary, q, attn.local_window or 0), torch.stack([keys[s] for s in tokens])
-        start = places[(tokens[0] // size + 1) * size - 1] - (size - 1)
-        limit = attn.max_distance
-        distance = places[t] - start if limit is None else min(places[t] - start, torch.tensor(limit))
-        return place(attn.rotary, q, distance), torch.stack(
-            [place(attn.rotary, keys[s], places[s] - start) for s in tokens]
-        )
+            return place(attn.rotary, q, attn.local_window or 0), met
+        start = places[tokens[-1]] - (size - 1)
+        distance = places[t] - start
+        if attn.max_distance is not None:
+            distance = min(distance, torch.tensor(attn.max_distance))
+        met = torch.stack([place(attn.rotary, keys[s], places[s] - start) for s in tokens])
+        return place(attn.rotary, q, distance), met
 
-    grouped = (attn.num_kv_heads, -1)
+    def mean(met: Tensor, j: int) -> Tensor:
+        """Of the keys that L1 does not hold."""
+        return met[max(0, attn.sink_tokens - j * size) :].mean(0)
+
+    by_group = lambda x: x.unflatten(0, (groups, -1))  # noqa: E731
     reads, sums = [], []
-    for group in range(attn.num_kv_heads):
+    for group in range(groups):
         scores = []
-        for tokens in candidates:
-            if attn.is_joint:
-                query, met = as_read(tokens)
-                scores.append(query.unflatten(0, grouped)[group] @ met.mean(0)[group] / width)
-            else:
-                mean = torch.stack([keys[s][group] for s in tokens]).mean(0)
-                scores.append((q.unflatten(0, grouped)[group].sum(0) @ mean)[None])
-        scores = torch.stack(scores, dim=1)  # (heads, J)
-        chosen = best(scores.softmax(1).sum(0) if attn.is_joint else scores[0], attn.top_k)
-        tokens = [s for j in chosen for s in candidates[j]]
-        met = [as_read(candidates[j]) for j in chosen]
-        found = torch.cat(
-            [query.unflatten(0, grouped)[group] @ key[:, group].T / width for query, key in met], dim=1
-        )  # (heads, N)
-        sums.append(found.logsumexp(1))
-        reads.append(found.softmax(1) @ torch.stack([values[s][group] for s in tokens]))
+        for j in chunks:
+            query, met = as_read(j) if attn.is_joint else (q, torch.stack(keys[j * size : (j + 1) * size]))
+            asking = by_group(query)[group] / q.shape[-1] ** 0.5 if attn.is_joint else by_group(q)[group].sum(0)[None]
+            scores.append(asking @ mean(met, j)[group][:, None])
+        scores = torch.cat(scores, dim=1)  # (heads, J)
+        chosen = [chunks[i] for i in best(scores.softmax(1).sum(0) if attn.is_joint else scores[0], attn.top_k)]
+        met = [as_read(j) for j in chosen]
+        found = torch.cat([all_scores(by_group(query)[group], [*key[:, group, None]]) for query, key in met], dim=1)
+        tokens = [s for j in chosen for s in range(j * size, (j + 1) * size)]
+        found = found.masked_fill(torch.tensor(tokens) < attn.sink_tokens, -torch.inf)
+        read, total = weighed(found, [values[s][group, None] for s in tokens])
+        reads.append(read)
+        sums.append(total)
     return torch.cat(reads), torch.cat(sums)
 
 
