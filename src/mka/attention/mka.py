@@ -257,7 +257,7 @@ class MemoryKeyedAttention(MemoryAttention):
         for name, x in zip(TOKENS, (k, v), strict=True):
             state.write(name, x)
         fresh = write_chunk_means(found_by, self.chunk_size, state, self.sink_tokens)
-        places = self.places(v, positions, state)
+        places = self.places(v, positions, state) if fresh.shape[1] else None
         if places is not None:
             state.write(PLACE, places.expand(len(v), -1).unsqueeze(2))
             state.write(FAR_MEAN, self.turned(fresh.to(k.dtype), -places))

@@ -79,7 +79,7 @@ def chunk_entries(
 def write_chunk_means(x: Tensor, chunk_size: int, state: State, sinks: int = 0) -> Tensor:
     """Adds the means of the chunks that this call's x (B, T, ...) completes to the state.
 
-    Returns them, those of each row first in (B, N, ...), as `State.write` wants them.
+    Returns them, those of each row first in (B, N, ...), as `State.write` wants them; N is 0 where none is completed.
     """
     filled = [past % chunk_size for past in state.past]
     chunks = (max(filled) + x.shape[1] + chunk_size - 1) // chunk_size
@@ -93,11 +93,18 @@ def write_chunk_means(x: Tensor, chunk_size: int, state: State, sinks: int = 0) 
         aligned[:, 0] += torch.where((start > 0).view(-1, *[1] * (x.dim() - 2)), carried, 0)
     sums = aligned.unflatten(1, (chunks, chunk_size)).cumsum(2)
     state.write("chunk_sum", sums.flatten(1, 2)[rows, columns])
+    if completed(chunk_size, state) == 0:
+        return sums[:, :0, -1]
     number = start_of(state, x)[:, None] // chunk_size + torch.arange(chunks, device=x.device)
     counts = ((number + 1) * chunk_size - sinks).clamp(1, chunk_size)
     fresh = sums[:, :, -1] / counts.view(*counts.shape, *[1] * (x.dim() - 2))
     state.write("chunk_mean", fresh)
     return fresh
+
+
+def completed(chunk_size: int, state: State) -> int:
+    """Chunks that this call completes, of the row with most of them."""
+    return max(n // chunk_size - past // chunk_size for past, n in zip(state.past, state.lengths, strict=True))
 
 
 def last_of_chunks(x: Tensor, chunk_size: int, state: State) -> Tensor:

@@ -1,6 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864), as an object that rotates to any positions."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,7 +43,15 @@ class RotaryEmbedding:
 
     def rates(self, like: Tensor) -> Tensor:
         """(D / 2,): the angle of each pair at position 1; in float32 they are rounded as in the pretrained models."""
-        if self.frequencies is not None:
-            return torch.tensor(self.frequencies, device=like.device, dtype=like.dtype)
-        pair = torch.arange(0, self.head_dim, 2, device=like.device, dtype=like.dtype)
-        return 1.0 / self.base ** (pair / self.head_dim)
+        make = made_once.__wrapped__ if torch.compiler.is_compiling() else made_once
+        return make(self, like.device, like.dtype)
+
+
+@lru_cache(maxsize=64)
+def made_once(rotary: RotaryEmbedding, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The rates of an embedding; a decoded token asks for them a dozen times a layer."""
+    with torch.inference_mode(mode=False):  # what is kept serves later calls of any kind
+        if rotary.frequencies is not None:
+            return torch.tensor(rotary.frequencies, device=device, dtype=dtype)
+        pair = torch.arange(0, rotary.head_dim, 2, device=device, dtype=dtype)
+        return 1.0 / rotary.base ** (pair / rotary.head_dim)
