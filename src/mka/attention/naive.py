@@ -91,7 +91,7 @@ def naive_mla(attn: MultiHeadLatentAttention, x: Tensor, positions: Tensor) -> I
 
 def naive_mka(attn: MemoryKeyedAttention, x: Tensor, positions: Tensor) -> Iterator[Tensor]:
     placed, raw, values, slots, slot_values, places = [], [], [], [], [], []
-    session = Session(attn)
+    session, chunks = Session(attn), Chunks(attn)
     for t, (x_t, position) in enumerate(zip(x, positions, strict=True)):
         q = attn.queries(x_t)
         raw.append(attn.keys(x_t))
@@ -109,7 +109,9 @@ def naive_mka(attn: MemoryKeyedAttention, x: Tensor, positions: Tensor) -> Itera
         session_read = torch.zeros_like(q), q.new_full((len(q),), -torch.inf)
         if slots:
             session_read = weighed(all_scores(place(attn.rotary, q, position), slots), slot_values)
-        levels = [local, session_read, read_chunks(attn, q, t, raw, values, places)]
+        if attn.top_k and (t + 1) % attn.chunk_size == 0:
+            chunks.add(raw, places)
+        levels = [local, session_read, read_chunks(attn, q, t, position, values, chunks)]
         yield attn.o_proj(mixed(attn, q, levels).flatten())
 
 
@@ -137,58 +139,71 @@ def local_scores(
     return torch.cat([all_scores(far, [keys[s] for s in sinks]), all_scores(here, [keys[s] for s in others])], dim=1)
 
 
+class Chunks:
+    """The chunks of a row: keys, as they stand within their chunk, of every token; where chunks begin; their means."""
+
+    def __init__(self, attn: MemoryKeyedAttention) -> None:
+        self.attn = attn
+        self.met: list[Tensor] = []
+        self.starts: list[Tensor] = []
+        self.means: list[Tensor] = []
+
+    def add(self, keys: list[Tensor], places: list[Tensor]) -> None:
+        """Take in the chunk that the last of the keys (G, D), not rotated, completes."""
+        attn, size = self.attn, self.attn.chunk_size
+        first, start = len(keys) - size, places[-1] - (size - 1)
+        apart = attn.longterm_positions == "true"
+        met = [
+            place(attn.rotary, k, p - start) if apart else k for k, p in zip(keys[first:], places[first:], strict=True)
+        ]
+        found_by = met if attn.is_joint else keys[first:]
+        self.met += met
+        self.starts.append(start)
+        seen = found_by[max(0, attn.sink_tokens - first) :] or found_by  # the mean of those that L1 does not hold
+        self.means.append(torch.stack(seen).mean(0))
+
+    def queries(self, q: Tensor, position: Tensor, chunks: list[int]) -> Tensor:
+        """(J, H, D): one query (H, D) as it meets each of the chunks."""
+        attn = self.attn
+        if attn.rotary is None or attn.longterm_positions == "none":
+            return q.expand(len(chunks), -1, -1)
+        if attn.longterm_positions == "clamped":
+            return place(attn.rotary, q, attn.local_window or 0).expand(len(chunks), -1, -1)
+        distance = position - torch.stack([self.starts[j] for j in chunks])
+        if attn.max_distance is not None:
+            distance = distance.clamp(max=attn.max_distance)
+        return attn.rotary(q.expand(1, len(chunks), -1, -1), distance)[0]
+
+
 def read_chunks(
-    attn: MemoryKeyedAttention,
-    q: Tensor,
-    t: int,
-    keys: list[Tensor],
-    values: list[Tensor],
-    places: list[Tensor],
+    attn: MemoryKeyedAttention, q: Tensor, t: int, position: Tensor, values: list[Tensor], held: Chunks
 ) -> tuple[Tensor, Tensor]:
     """What one query (H, D) reads in the chunks that its groups choose, and its log-sum-exps.
 
-    keys are not rotated. Each query meets each key on its own, at the distance that the two have.
+    The query meets each chunk at the distance that the two have.
     """
-    size, groups = attn.chunk_size, attn.num_kv_heads
+    size, groups, root = attn.chunk_size, attn.num_kv_heads, q.shape[-1] ** 0.5
     completed = max(0, (t + 1 - (attn.local_window or 0)) // size) if attn.top_k else 0
     chunks = [j for j in range(completed) if (j + 1) * size > attn.sink_tokens]
     if not chunks:
         return torch.zeros_like(q), q.new_full((len(q),), -torch.inf)
-
-    def as_read(j: int) -> tuple[Tensor, Tensor]:
-        """The query (H, D), and the keys (c, G, D) of a chunk, as they meet."""
-        tokens = range(j * size, (j + 1) * size)
-        met = torch.stack([keys[s] for s in tokens])
-        if attn.rotary is None or attn.longterm_positions == "none":
-            return q, met
-        if attn.longterm_positions == "clamped":
-            return place(attn.rotary, q, attn.local_window or 0), met
-        start = places[tokens[-1]] - (size - 1)
-        distance = places[t] - start
-        if attn.max_distance is not None:
-            distance = min(distance, torch.tensor(attn.max_distance))
-        met = torch.stack([place(attn.rotary, keys[s], places[s] - start) for s in tokens])
-        return place(attn.rotary, q, distance), met
-
-    def mean(met: Tensor, j: int) -> Tensor:
-        """Of the keys that L1 does not hold."""
-        return met[max(0, attn.sink_tokens - j * size) :].mean(0)
-
-    by_group = lambda x: x.unflatten(0, (groups, -1))  # noqa: E731
+    asking = held.queries(q, position, chunks).unflatten(1, (groups, -1))  # (J, G, R, D)
+    means = torch.stack([held.means[j] for j in chunks])  # (J, G, D)
     reads, sums = [], []
     for group in range(groups):
-        scores = []
-        for j in chunks:
-            query, met = as_read(j) if attn.is_joint else (q, torch.stack(keys[j * size : (j + 1) * size]))
-            asking = by_group(query)[group] / q.shape[-1] ** 0.5 if attn.is_joint else by_group(q)[group].sum(0)[None]
-            scores.append(asking @ mean(met, j)[group][:, None])
-        scores = torch.cat(scores, dim=1)  # (heads, J)
-        chosen = [chunks[i] for i in best(scores.softmax(1).sum(0) if attn.is_joint else scores[0], attn.top_k)]
-        met = [as_read(j) for j in chosen]
-        found = torch.cat([all_scores(by_group(query)[group], [*key[:, group, None]]) for query, key in met], dim=1)
-        tokens = [s for j in chosen for s in range(j * size, (j + 1) * size)]
-        found = found.masked_fill(torch.tensor(tokens) < attn.sink_tokens, -torch.inf)
-        read, total = weighed(found, [values[s][group, None] for s in tokens])
+        if attn.is_joint:
+            scores = (asking[:, group] @ means[:, group, :, None]).squeeze(2).T / root  # (R, J)
+            mass = scores.softmax(1).sum(0)
+        else:
+            mass = (means[:, group] @ q.unflatten(0, (groups, -1))[group].sum(0)[:, None]).squeeze(1)
+        chosen = best(mass, attn.top_k)
+        found = [
+            all_scores(asking[i, group], [k[group, None] for k in held.met[chunks[i] * size : (chunks[i] + 1) * size]])
+            for i in chosen
+        ]
+        tokens = [s for i in chosen for s in range(chunks[i] * size, (chunks[i] + 1) * size)]
+        scores = torch.cat(found, dim=1).masked_fill(torch.tensor(tokens) < attn.sink_tokens, -torch.inf)
+        read, total = weighed(scores, [values[s][group, None] for s in tokens])
         reads.append(read)
         sums.append(total)
     return torch.cat(reads), torch.cat(sums)
