@@ -29,6 +29,10 @@ SETTINGS = {
     "--preset odd": "num_heads is 12; it must divide hidden_size 32: 1, 2, 4, 8, 16, 32",
     "--local_window 0": "local_window is 0; it must be at least 1",
     "--local_window -128": "local_window is -128; it must be at least 1",
+    "--local_window 4 --sink_tokens 4": "sink_tokens is 4; local_window is 4; sinks need a window that is larger",
+    "--attention_type mha --sink_tokens 4": "sink_tokens is 4; there is no local_window; sinks need a window",
+    "--sink_tokens -1": "sink_tokens is -1; it must be at least 0",
+    "--memory_layers 2 --match parameters": "memory_layers is 2 and match is 'parameters'; sizes are matched",
     "--chunk_size 0": "chunk_size is 0; it must be at least 1",
     "--top_k -1": "top_k is -1; it must be at least 0",
     "--session_decay 2": "session_decay is 2.0; it must be 'learned', None or between 0 and 1",
@@ -66,6 +70,8 @@ WORDS = {
     "--session_decay lerned": "Error parsing --session_decay: .*{learned}.*'lerned'",
     "--seeds a": r"Error parsing --seeds: .*\['a'\]",
     "--match params": r"choice 'params' for .*'--match'. .* \('auto', 'none', 'parameters', 'flops', 'cache'\)",
+    "--mix jont": r"choice 'jont' for .*'--mix'. .* \('joint', 'routed'\)",
+    "--longterm_positions tru": r"choice 'tru' for .* \('true', 'clamped', 'none'\)",
     "--learning_rate": "Missing value for argument '--learning_rate'",
     "--output_dir": "Missing value for argument '--output_dir'",
 }
@@ -293,10 +299,10 @@ def test_a_full_disk_at_the_start(place: Place, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        ("", "Expected one of {bench, report, verify, generate, chat, memory, eval, audit}"),
+        ("", "Expected one of {bench, report, convert, verify, generate, chat, memory, eval, audit}"),
         ("bnch", "Unrecognized options: bnch"),
         ("bench stray", "Unrecognized options: stray"),
-        ("--preset quick", "--preset .*; a command comes first: bench, report, verify, .*, eval or audit"),
+        ("--preset quick", "--preset .*; a command comes first: bench, report, convert, verify, .*, eval or audit"),
         ("bench --learning_rat 3", "nearest: --learning_rate"),
         ("bench --attention_type mak", "nearest: 'mka'"),
         ("report", "no folder is given; give one or more folders of `mka bench` runs"),
