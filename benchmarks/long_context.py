@@ -3,15 +3,17 @@
     python benchmarks/long_context.py
     python benchmarks/long_context.py --tasks prefill --lengths 8192 32768 --turns 5
 
-512 wide, 8 heads, 2 key/value heads, w = 256, c = 64, K = 4, rotary positions; mha has 8 key/value heads. Prefill and
-decoding in bfloat16 without gradients, the training step in float32. All variants take turns in one process; figures
-are medians of each variant's ratio to mha in the same turn. A line of JSON a row, as soon as it is known.
+512 wide, 8 heads, --num_kv_heads key/value heads, w = 256, c = 64, K = 4, rotary positions; mha has 8 key/value heads
+and no window; windowed is gqa with as many key/value heads as the memories, their window and their sinks. Prefill and
+decoding without gradients. All variants take turns in one process; figures are medians of each variant's ratio to mha
+in the same turn. First a line of JSON on the processor, then one a row, as soon as it is known.
 """
 
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -25,7 +27,15 @@ from mka.ops.rotary import RotaryEmbedding
 from mka.training import keep_freed_memory
 
 HIDDEN_SIZE, NUM_HEADS = 512, 8
-MEMORY = {"num_kv_heads": 2, "local_window": 256, "chunk_size": 64, "top_k": 4}
+MEMORY = {"local_window": 256, "chunk_size": 64, "top_k": 4}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mha": ("mha", {}),
+    "windowed": ("gqa", {"local_window": MEMORY["local_window"]}),
+    "mka": ("mka", MEMORY),
+    "routed": ("mka", MEMORY | {"mix": "routed", "longterm_positions": "clamped"}),
+    "fmka": ("fmka", MEMORY),
+}
+FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 Task = Literal["prefill", "train", "decode", "crossover"]
 LENGTHS: dict[Task, tuple[int, ...]] = {
     "prefill": (8192, 32768, 131072),
@@ -46,23 +56,39 @@ class Options:
     tasks: tuple[Task, ...] = ("prefill", "train", "decode", "crossover")
     lengths: tuple[int, ...] = ()
     """Default: those of each task."""
-    kinds: tuple[str, ...] = ("mha", "mka", "fmka")
+    kinds: tuple[str, ...] = tuple(KINDS)
+    num_kv_heads: int = 2
+    """Of all but mha."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    threads: int = 1
     turns: int = 3
 
 
 def main(options: Options) -> None:
     keep_freed_memory()
+    torch.set_num_threads(options.threads)
+    print(json.dumps(processor() | {"threads": options.threads, "dtype": options.dtype}), flush=True)
     for task in options.tasks:
         for tokens in options.lengths or LENGTHS[task]:
             kinds = [kind for kind in options.kinds if kind != "mha" or tokens <= LONGEST_MHA]
-            measure(task, tokens, kinds, options.turns)
+            measure(task, tokens, kinds, options)
 
 
-def measure(task: Task, tokens: int, kinds: list[str], turns: int) -> None:
+def processor() -> dict[str, Any]:
+    """Its name, and which of the features that decide a product's speed it has."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    values = {name.strip(): value.strip() for name, value in fields.items()}
+    has = set(values.get("flags", "").split())
+    return {"processor": values.get("model name", "unknown"), "features": [name for name in FEATURES if name in has]}
+
+
+def measure(task: Task, tokens: int, kinds: list[str], options: Options) -> None:
     """Print a row for each mechanism."""
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if task in ("prefill", "decode") else torch.float32
-    runs = {kind: RUNS[task](layer(kind, dtype), tokens) for kind in kinds}
+    turns, dtype = options.turns, getattr(torch, options.dtype)
+    runs = {kind: RUNS[task](layer(kind, dtype, options.num_kv_heads), tokens) for kind in kinds}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(turns + 1):
         for kind, run in runs.items():
@@ -76,10 +102,12 @@ def measure(task: Task, tokens: int, kinds: list[str], turns: int) -> None:
         print(json.dumps(row), flush=True)
 
 
-def layer(kind: str, dtype: torch.dtype) -> CausalAttention:
-    options = {} if kind == "mha" else MEMORY
+def layer(kind: str, dtype: torch.dtype, num_kv_heads: int) -> CausalAttention:
+    name, options = KINDS[kind]
+    if name != "mha":
+        options = options | {"num_kv_heads": num_kv_heads}
     rotary = RotaryEmbedding(HIDDEN_SIZE // NUM_HEADS)
-    return build_attention(kind, hidden_size=HIDDEN_SIZE, num_heads=NUM_HEADS, rotary=rotary, **options).to(dtype)
+    return build_attention(name, hidden_size=HIDDEN_SIZE, num_heads=NUM_HEADS, rotary=rotary, **options).to(dtype)
 
 
 def timed(run: Callable[[], object]) -> float:
