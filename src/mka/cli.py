@@ -3,6 +3,7 @@
     mka bench ...      compare mechanisms (the same as python src/experiments/benchmark.py ...)
     mka report DIR     redraw table and figures from a folder of results; --html: a page of one or several
     mka convert        give a pretrained model a memory, and save it as a folder
+    mka adapt          train the memories of one on a text, for minutes
     mka verify DIR     compare everything in a folder of results, or of a saved model, with its checksums
     mka generate ...   continue a text with a saved model
     mka chat ...       talk with one; it reads each turn once
@@ -53,7 +54,7 @@ from mka.commands import (
 )
 from mka.config import BenchmarkConfig
 from mka.limits import InputError
-from mka.model_commands import ConvertConfig
+from mka.model_commands import AdaptConfig, ConvertConfig
 from mka.report import (
     console_table,
     differences,
@@ -74,6 +75,7 @@ GO_ON = "run the same command again to go on, finished results are kept"
 OTHER_COMMANDS: dict[str, Any] = {
     "report": ReportConfig,
     "convert": ConvertConfig,
+    "adapt": AdaptConfig,
     "verify": VerifyConfig,
     "generate": GenerateConfig,
     "chat": ChatConfig,
@@ -93,6 +95,7 @@ Command = (
     Annotated[BenchmarkConfig, tyro.conf.subcommand("bench")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
     | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
+    | Annotated[AdaptConfig, tyro.conf.subcommand("adapt")]
     | Annotated[VerifyConfig, tyro.conf.subcommand("verify")]
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
     | Annotated[ChatConfig, tyro.conf.subcommand("chat")]
@@ -174,7 +177,9 @@ def one_line(box: str, command: Any = BenchmarkConfig) -> str:
     message = " ".join(paragraph)
     flags = [word.strip(",") for word in message.split() if word.startswith("--")]
     if message.startswith("Unrecognized or misplaced"):
-        message += "; a command comes first: bench, report, convert, verify, generate, chat, memory, eval or audit"
+        message += (
+            "; a command comes first: bench, report, convert, adapt, verify, generate, chat, memory, eval or audit"
+        )
     elif message.startswith("Unrecognized") and flags:
         known = [f"--{field.name}" for field in fields(command)]
         alike = [flag for flag in known if flag.startswith(flags[0][:4])] or known
@@ -202,6 +207,17 @@ def run_bench(config: BenchmarkConfig) -> int:
         print(f"mka: {rank}{error}{f'; {GO_ON}' if isinstance(error, RankLost) else ''}", file=sys.stderr)
         return 1
     return finish(folder, console) if is_first_rank() else 0
+
+
+def run_adapt(config: AdaptConfig) -> int:
+    from mka.experiments import adapt_model
+    from mka.training import NonFiniteLoss
+
+    try:
+        adapt_model(config, plain_console())
+    except NonFiniteLoss as error:
+        return complain("mka", error, 1)
+    return 0
 
 
 def run_chat(config: ChatConfig) -> int:
@@ -269,6 +285,7 @@ RUN: dict[type, Callable[[Any], int]] = {
     BenchmarkConfig: run_bench,
     ReportConfig: run_report,
     ConvertConfig: printing("mka.converting", "convert_model"),
+    AdaptConfig: run_adapt,
     VerifyConfig: printing("mka.verifying", "verify"),
     GenerateConfig: printing("mka.generation", "generate"),
     ChatConfig: run_chat,

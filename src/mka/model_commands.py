@@ -1,4 +1,4 @@
-"""What `mka convert` takes from its command line."""
+"""What `mka convert` and `mka adapt` take from their command lines."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -6,9 +6,11 @@ from typing import Any, Literal
 from mka.limits import (
     LONGTERM_POSITIONS,
     MIXES,
+    InputError,
     LongTermPositions,
     Mix,
     SessionDecay,
+    check_at_least,
     check_distance,
     check_memory,
     check_sinks,
@@ -71,3 +73,44 @@ class ConvertConfig:
         names += OF_MEMORIES if self.attention_type in ("mka", "fmka") else ()
         names += OF_MKA if self.attention_type == "mka" else ()
         return {name: getattr(self, name) for name in names} | {"memory_layers": self.memory_layers}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Train the memories of a converted model on a text, for minutes; the same command goes on after an interruption.
+
+    The rest of the model stays as it is, unless LoRA is asked for. Losses before and after are said, beside those of
+    full attention and of window and sinks alone.
+    """
+
+    model: str
+    """Folder of a converted model (mka convert)."""
+    output: str
+    """Folder to write: model, configuration and tokenizer. It must be new or empty; checkpoints are beside it."""
+    text_path: tuple[str, ...]
+    """Files and folders of UTF-8 text to train on; a part of it is held out."""
+    objective: Literal["teacher", "text"] = "teacher"
+    """What is to be predicted: what the same weights predict with full attention (teacher), or the text itself."""
+    lora_r: int | None = None
+    """Also train LoRA of this rank on q, k, v and o (needs peft); it is merged into the weights that are written."""
+    sequence_length: int = 2048
+    """Tokens of a row; it must reach beyond the model's window."""
+    batch_size: int = 1
+    """Rows of an optimiser step, read one after the other."""
+    max_steps: int = 100
+    """Optimiser steps."""
+    learning_rate: float = 1e-3
+    """Of LoRA, after its warm-up; what the conversion added has ten times as much."""
+    seed: int = 0
+    """Of the order of rows, and of LoRA's first factors."""
+    save_steps: int = 20
+    """Optimiser steps between two checkpoints; 0: only when it is interrupted, and at the end."""
+
+    def __post_init__(self) -> None:
+        least = {"lora_r": 1, "sequence_length": 2, "batch_size": 1, "max_steps": 1, "seed": 0, "save_steps": 0}
+        for name, limit in least.items():
+            check_at_least(name, getattr(self, name), limit)
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if not self.text_path:
+            raise InputError("text_path is empty; give one or more files or folders of UTF-8 text")

@@ -1,4 +1,4 @@
-"""One recipe for every mechanism: warm-up, cosine, and no weight decay on vectors."""
+"""One recipe for every mechanism: warm-up, cosine, and no weight decay on vectors and routers."""
 
 import math
 
@@ -9,7 +9,14 @@ import checks_training as tiny
 from checks import TOLERANCE
 from mka.attention import ATTENTION_TYPES
 from mka.training import train
-from mka.training.optimizer import FINAL_FRACTION, MAX_GRAD_NORM, WEIGHT_DECAY, build_optimizer, learning_rate_at
+from mka.training.optimizer import (
+    FINAL_FRACTION,
+    MAX_GRAD_NORM,
+    WEIGHT_DECAY,
+    build_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+)
 
 
 def rates(steps: int, peak: float = 2.0) -> list[float]:
@@ -46,13 +53,34 @@ def test_every_step_is_taken_at_the_rate_of_its_number(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("kind", ATTENTION_TYPES)
-def test_no_weight_decay_on_vectors_and_each_parameter_once(kind: str) -> None:
+def test_no_weight_decay_on_vectors_and_routers_and_each_parameter_once(kind: str) -> None:
     model = tiny.tiny_model(kind)
     groups = build_optimizer(model, 1e-3).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(decay) == len(list(model.parameters()))
     for name, p in model.named_parameters():
-        assert decay[id(p)] == (WEIGHT_DECAY if p.dim() >= 2 else 0.0), name
+        assert decay[id(p)] == (WEIGHT_DECAY if decays(name, p) else 0.0), name
+
+
+def decays(name: str, p: torch.Tensor) -> bool:
+    return p.dim() >= 2 and ".router." not in name
+
+
+def test_a_rate_of_its_own_and_nothing_that_is_frozen() -> None:
+    model = tiny.tiny_model("mka")
+    frozen = model.get_parameter("transformer.wte.weight").requires_grad_(False)
+    before = tiny.weights_of(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = build_optimizer(model, 1.0, lambda name: 3.0 if ".router." in name else 1.0)
+    assert all(p is not frozen for group in optimizer.param_groups for p in group["params"])
+    set_learning_rate(optimizer, 0.01)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        kept = 1 - 0.01 * WEIGHT_DECAY if decays(name, p) else 1.0  # the first step of Adam is the rate itself
+        rate = 0.0 if p is frozen else 0.03 if ".router." in name else 0.01
+        wanted = before[name] if p is frozen else before[name] * kept - rate
+        torch.testing.assert_close(p, wanted, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_without_gradients_matrices_shrink_and_vectors_stay() -> None:
@@ -62,7 +90,8 @@ def test_without_gradients_matrices_shrink_and_vectors_stay() -> None:
         p.grad = torch.zeros_like(p)
     build_optimizer(model, 0.1).step()
     for name, p in model.named_parameters():
-        assert torch.equal(p, before[name] * (1 - 0.1 * WEIGHT_DECAY) if p.dim() >= 2 else before[name]), name
+        wanted = before[name] * (1 - 0.1 * WEIGHT_DECAY) if decays(name, p) else before[name]
+        assert torch.equal(p, wanted), name
 
 
 def test_gradients_are_clipped_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

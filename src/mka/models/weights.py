@@ -120,12 +120,15 @@ def stored_dtypes(folder: Path) -> dict[str, str]:
 
 
 def stop_at_nonfinite_logits(model: nn.Module, where: object) -> None:
-    """From now on raises InputError where the model gives logits that nothing can be said of or drawn from.
+    """From now on raises InputError where the model gives logits that nothing can be said of or drawn from. A training
+    has its own eye on its losses.
 
     A logit of -inf rules a token out, as some models do; NaN, inf, or -inf for all tokens is no prediction.
     """
 
-    def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def look(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if module.training:
+            return
         logits = output.logits if hasattr(output, "logits") else output[0]
         if not bool(logits.amax(-1).isfinite().all()):
             raise InputError(

@@ -43,7 +43,7 @@ class RotaryEmbedding:
 
     def rates(self, like: Tensor) -> Tensor:
         """(D / 2,): the angle of each pair at position 1; in float32 they are rounded as in the pretrained models."""
-        make = made_once.__wrapped__ if torch.compiler.is_compiling() else made_once
+        make = made if torch.compiler.is_compiling() else made_once
         return make(self, like.device, like.dtype)
 
 
@@ -51,7 +51,11 @@ class RotaryEmbedding:
 def made_once(rotary: RotaryEmbedding, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The rates of an embedding; a decoded token asks for them a dozen times a layer."""
     with torch.inference_mode(mode=False):  # what is kept serves later calls of any kind
-        if rotary.frequencies is not None:
-            return torch.tensor(rotary.frequencies, device=device, dtype=dtype)
-        pair = torch.arange(0, rotary.head_dim, 2, device=device, dtype=dtype)
-        return 1.0 / rotary.base ** (pair / rotary.head_dim)
+        return made(rotary, device, dtype)
+
+
+def made(rotary: RotaryEmbedding, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if rotary.frequencies is not None:
+        return torch.tensor(rotary.frequencies, device=device, dtype=dtype)
+    pair = torch.arange(0, rotary.head_dim, 2, device=device, dtype=dtype)
+    return 1.0 / rotary.base ** (pair / rotary.head_dim)

@@ -10,6 +10,7 @@ from mka.training.memory import Peak, PeakMemory, keep_freed_memory
 from mka.training.minimise import minimise
 from mka.training.nonfinite import NonFiniteLoss
 from mka.training.precision import Precision, choose_precision, has_bfloat16
+from mka.training.teacher import Teacher
 
 __all__ = [
     "Checkpoint",
@@ -21,6 +22,7 @@ __all__ = [
     "PeakMemory",
     "Precision",
     "StepMemory",
+    "Teacher",
     "TrainingPlan",
     "TrainingRun",
     "activation_bytes",

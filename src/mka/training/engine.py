@@ -5,7 +5,7 @@ give the same step however they are spread. DeepSpeed's engine, under the same i
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -18,10 +18,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mka.distributed import Ranks
 from mka.models import next_token_loss
 from mka.training.nonfinite import NonFiniteGradient
-from mka.training.optimizer import MAX_GRAD_NORM, build_optimizer
+from mka.training.optimizer import MAX_GRAD_NORM, RateOf, build_optimizer, set_learning_rate
 from mka.training.precision import Precision
 
 Tensors = dict[str, Tensor]
+Objective = Callable[[nn.Module, Tensor], Tensor]
+"""The loss, a scalar, of a model on tokens (b, T + 1)."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW remembers of a parameter; `step`, its count of updates, is a scalar."""
 
@@ -54,15 +56,22 @@ class TorchEngine:
     """AdamW over one process, DDP or FSDP2 (fully_shard for each block); float32 weights under autocast."""
 
     def __init__(
-        self, model: nn.Module, learning_rate: float, precision: Precision, ranks: Ranks, strategy: str = "ddp"
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        precision: Precision,
+        ranks: Ranks,
+        strategy: str = "ddp",
+        objective: Objective = next_token_loss,
+        rate_of: RateOf = lambda name: 1.0,
     ) -> None:
-        self.model, self.precision, self.ranks = model.to(ranks.device), precision, ranks
+        self.model, self.precision, self.ranks, self.objective = model.to(ranks.device), precision, ranks, objective
         self.scaler = precision.scaler()
         self.wrapped: nn.Module | None = model
         if ranks.accelerator is not None and ranks.count > 1:
             # DDP waits for the first rows.
             self.wrapped = fully_sharded(model, precision) if strategy == "fsdp" else None
-        self.optimizer = build_optimizer(model, learning_rate)
+        self.optimizer = build_optimizer(model, learning_rate, rate_of)
 
     def gradients(self, parts: Sequence[Tensor]) -> list[Tensor]:
         wrapped = self.wrapped = self.wrapped or self.replicated(parts[0][:1])
@@ -70,7 +79,7 @@ class TorchEngine:
         for number, part in enumerate(parts, 1):
             with self.exchange(number == len(parts)):
                 with self.precision.autocast():
-                    loss = next_token_loss(wrapped, part)
+                    loss = self.objective(wrapped, part)
                 self.scaler.scale(loss / len(parts)).backward()
             losses.append(loss.detach())
         return losses
@@ -79,7 +88,7 @@ class TorchEngine:
         """DDP, told whether some parameters have no gradient: rows no longer than the window leave nothing to retrieve,
         so that what retrieval learns is not used."""
         with self.precision.autocast():
-            loss = next_token_loss(self.model, row)
+            loss = self.objective(self.model, row)
         loss.backward()
         unused = any(p.grad is None for p in self.model.parameters())
         self.optimizer.zero_grad(set_to_none=True)
@@ -96,8 +105,7 @@ class TorchEngine:
         return nullcontext()
 
     def step(self, learning_rate: float) -> bool:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         scale = self.scaler.get_scale()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
@@ -145,9 +153,11 @@ def received(tensors: Tensors, name: str, shape: torch.Size, ranks: Ranks) -> Te
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: each parameter once, under its first name, and the buffers that last."""
+    """What a checkpoint holds of a model: each parameter that is trained, once, under its first name, and the buffers
+    that last."""
     lasting = model.state_dict(keep_vars=True)
-    named = [*model.named_parameters(), *model.named_buffers()]
+    trained = [(name, values) for name, values in model.named_parameters() if values.requires_grad]
+    named = [*trained, *model.named_buffers()]
     return {name: values for name, values in named if name in lasting}
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mka.distributed import Ranks, lost_ranks_said
+from mka.models import next_token_loss
 from mka.results import CurvePoint
 from mka.training.checkpoint import Checkpoint, Checkpoints
-from mka.training.engine import Engine, TorchEngine, stored
+from mka.training.engine import Engine, Objective, TorchEngine, stored
 from mka.training.interruption import Interrupted, StopRequest, stop_request
 from mka.training.nonfinite import NonFiniteGradient, NonFiniteLoss, explain
-from mka.training.optimizer import learning_rate_at
+from mka.training.optimizer import RateOf, learning_rate_at
 from mka.training.precision import Precision
 
 LOOKS = 6
@@ -31,7 +32,8 @@ ADVICE = "try a lower --learning_rate"
 class TrainingPlan:
     """`batch_at(step)` gives the blocks (B, T + 1) of an optimiser step; each of the ranks takes an equal share of
     them, in `accumulation` equal parts. `save_steps` 0: no checkpoint but at the end and at a signal. `deepspeed`: the
-    settings of DeepSpeed's engine, which then takes the place of `strategy`."""
+    settings of DeepSpeed's engine, which then takes the place of `strategy`. `objective` and `rate_of`, the loss and
+    the learning rates of parameters against each other, are not for DeepSpeed."""
 
     batch_at: Callable[[int], Tensor]
     steps: int
@@ -42,6 +44,8 @@ class TrainingPlan:
     save_steps: int = 0
     strategy: str = "ddp"
     deepspeed: dict[str, Any] | None = None
+    objective: Objective = next_token_loss
+    rate_of: RateOf = lambda name: 1.0
 
     def parts_at(self, step: int) -> tuple[Tensor, ...]:
         """This rank's rows of a step, `accumulation` times (b, T + 1)."""
@@ -119,7 +123,9 @@ def signal_of(terminated: float, interrupted: float) -> int:
 
 def make_engine(model: nn.Module, plan: TrainingPlan) -> Engine:
     if plan.deepspeed is None:
-        return TorchEngine(model, plan.learning_rate, plan.precision, plan.ranks, plan.strategy)
+        return TorchEngine(
+            model, plan.learning_rate, plan.precision, plan.ranks, plan.strategy, plan.objective, plan.rate_of
+        )
     if plan.ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns, on every rank, that it had to guess
     from mka.training.deepspeed_engine import DeepSpeedEngine

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mka.training.nonfinite import NonFiniteLoss
-from mka.training.optimizer import MAX_GRAD_NORM, build_optimizer, learning_rate_at
+from mka.training.optimizer import MAX_GRAD_NORM, build_optimizer, learning_rate_at, set_learning_rate
 
 
 def minimise(
@@ -22,8 +22,7 @@ def minimise(
     """
     optimizer = build_optimizer(model, learning_rate)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps, learning_rate)
+        set_learning_rate(optimizer, learning_rate_at(step, steps, learning_rate))
         model.train()
         loss = loss_at(step)
         if not torch.isfinite(loss):
