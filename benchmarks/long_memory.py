@@ -23,6 +23,8 @@ from mka.config import LongTermConfig
 from mka.memory.places import LongTerm
 from mka.training.memory import resident_bytes
 
+NUM_KV_HEADS = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -45,7 +47,7 @@ def main(options: Options) -> None:
 @torch.no_grad()
 def read(store: str, tokens: int, kind: str, piece: int) -> None:
     torch.manual_seed(0)
-    attn = layer(kind, torch.bfloat16)
+    attn = layer(kind, torch.bfloat16, NUM_KV_HEADS)
     config = LongTermConfig(longterm_store=store)  # pyright: ignore[reportArgumentType] (checked there)
     state = attn.initial_state(1, longterm=LongTerm.of(config))
     x = torch.randn(1, piece, HIDDEN_SIZE, dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,7 @@ class Task:
     def choose_parameters(self, console: Console) -> Any:
         """Freeze all but what is trained; the PEFT model around it, or None."""
         self.model.requires_grad_(False)
-        adapter = None
-        if self.config.lora_r is not None:
-            import peft
-
-            torch.manual_seed(self.config.seed)  # LoRA's first factors are drawn
-            lora = peft.LoraConfig(
-                r=self.config.lora_r, lora_alpha=2 * self.config.lora_r, target_modules=[*PROJECTIONS]
-            )
-            adapter = peft.get_peft_model(self.model, lora)
+        adapter = None if self.config.lora_r is None else self.with_lora(self.config.lora_r)
         count = {"memories": 0, "LoRA": sum(p.numel() for p in self.model.parameters() if p.requires_grad)}
         for layer in mechanisms(self.model):
             for name, parameter in layer.named_parameters():
@@ -151,6 +144,18 @@ class Task:
                     count["memories"] += parameter.numel()
         console.print(f"trained: {count['memories']:,} parameters of memories, {count['LoRA']:,} of LoRA")
         return adapter
+
+    def with_lora(self, rank: int) -> Any:
+        """PEFT's model around this one, whose projections become LoRA's in place (arXiv 2106.09685)."""
+        import peft
+
+        if self.model.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or an installed deepspeed warns that it had to guess
+        torch.manual_seed(self.config.seed)  # LoRA's first factors are drawn
+        lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[*PROJECTIONS])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return peft.get_peft_model(self.model, lora)
 
     @torch.no_grad()
     def loss(self, model: Any) -> float:
