@@ -299,7 +299,7 @@ def test_a_full_disk_at_the_start(place: Place, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        ("", "Expected one of {bench, report, convert, verify, generate, chat, memory, eval, audit}"),
+        ("", "Expected one of {bench, report, convert, adapt, verify, generate, chat, memory, eval, audit}"),
         ("bnch", "Unrecognized options: bnch"),
         ("bench stray", "Unrecognized options: stray"),
         ("--preset quick", "--preset .*; a command comes first: bench, report, convert, verify, .*, eval or audit"),

@@ -37,12 +37,12 @@ def test_it_is_the_divergence_of_what_is_predicted(piece: int, monkeypatch: pyte
     logits = model(IDS[:, :-1]).logits.flatten(0, 1)  # type: ignore[operator]
     plain = kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
     plain.backward()
-    tolerance = {"atol": TOLERANCE[torch.float32], "rtol": TOLERANCE[torch.float32]}  # probabilities are float32
-    torch.testing.assert_close(loss.double(), plain, **tolerance)
+    tolerance = TOLERANCE[torch.float32]  # probabilities are float32
+    torch.testing.assert_close(loss.double(), plain, atol=tolerance, rtol=tolerance)
     assert found
     for name, p in model.named_parameters():
         if p.grad is not None:
-            torch.testing.assert_close(found[name], p.grad, **tolerance, msg=name)
+            torch.testing.assert_close(found[name], p.grad, atol=tolerance, rtol=tolerance, msg=name)
 
 
 def test_a_model_has_nothing_to_learn_of_itself() -> None:
