@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -27,6 +28,16 @@ LLAMA3_ROPE: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GEMMA: dict[str, Any] = {
+    "head_dim": 12,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    },
+}
 BACKBONES: dict[str, PreTrainedConfig] = {
     "gpt2": gpt2_config(**SIZES, max_position_embeddings=128),
     "llama": LlamaConfig(**LLAMA, **TOKEN_IDS),
@@ -34,6 +45,7 @@ BACKBONES: dict[str, PreTrainedConfig] = {
     "mistral": MistralConfig(**LLAMA, **TOKEN_IDS, sliding_window=9),
     "qwen2": Qwen2Config(**LLAMA, **TOKEN_IDS),
     "qwen3": Qwen3Config(**LLAMA, **TOKEN_IDS, head_dim=12),
+    "gemma3": Gemma3TextConfig(**LLAMA, **TOKEN_IDS, **GEMMA),
 }
 TWO_BACKBONES = ("gpt2", "llama")
 MEMORIES: dict[str, dict[str, Any]] = {"mka": {"session_stride": 3}, "fmka": {"index_size": 5}}

@@ -100,7 +100,7 @@ class AdaptConfig:
     max_steps: int = 100
     """Optimiser steps."""
     learning_rate: float = 1e-3
-    """Of LoRA, after its warm-up; what the conversion added has ten times as much."""
+    """Of weights, after a warm-up; biases, gates and decays of the memories have ten times as much."""
     seed: int = 0
     """Of the order of rows, and of LoRA's first factors."""
     save_steps: int = 20

@@ -259,6 +259,6 @@ def bounded(x: Tensor) -> Tensor:
     return torch.where(x.isinf(), x, x.clamp(-limit, limit))
 
 
-def normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm` in the dtype that it takes: under autocast a mismatch leaves the fused kernel."""
     return norm(x.to(next((p.dtype for p in norm.parameters()), x.dtype)))

@@ -10,23 +10,27 @@ from torch import Tensor, nn
 from mka.attention.base import Bias, CausalAttention, normalise
 from mka.limits import InputError, SessionDecay, check_at_least, check_memory
 from mka.memory.entry import Entry
-from mka.memory.local import attend_local, local_entries, token_index
+from mka.memory.local import attend_local, local_entries, shown_here, token_index
 from mka.memory.router import LOCAL, LONG_TERM, NUM_LEVELS, SESSION, Router
 from mka.memory.search import Limits, Retrieved
 from mka.memory.session import SessionAverage
 from mka.memory.state import State
-from mka.ops.attend import Read
+from mka.ops.attend import Read, with_empty
 from mka.ops.rotary import RotaryEmbedding
 
 
 class GroupedAttention(CausalAttention):
     """H query heads of D over G key/value heads of D: Wq (C, HD), Wk and Wv (C, GD), Wo (HD, C).
 
-    `normalise_heads` puts an RMSNorm over D behind Wq and Wk (QK-norm, as Qwen3 has it); without it there is none.
+    `normalise_heads` puts a norm over D behind Wq and Wk (QK-norm, as Qwen3 and Gemma-3 have it); without it there is
+    none. `query_factor` multiplies the queries of a family whose scale is not 1 / sqrt(D). `learn_sink_logits` adds to
+    the softmax of the window one more term for each head, which has no value (gpt-oss).
     """
 
-    q_norm: nn.RMSNorm | None
-    k_norm: nn.RMSNorm | None
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    sink_logits: nn.Parameter | None
+    query_factor: float = 1.0
 
     def __init__(
         self,
@@ -50,11 +54,16 @@ class GroupedAttention(CausalAttention):
         self.v_proj = nn.Linear(hidden_size, self.kv_size, bias=bool(bias))
         self.register_module("q_norm", None)
         self.register_module("k_norm", None)
+        self.register_parameter("sink_logits", None)
         self.o_proj = self.output_projection()
 
-    def normalise_heads(self, eps: float) -> None:
-        """Normalise queries and keys, head by head, before any rotary embedding."""
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, eps=eps) for _ in range(2))
+    def normalise_heads(self, norm: Callable[[int], nn.Module]) -> None:
+        """Normalise queries and keys, head by head, before any rotary embedding, each by what `norm` makes of D."""
+        self.q_norm, self.k_norm = (norm(self.head_dim) for _ in range(2))
+
+    def learn_sink_logits(self) -> None:
+        """Let a head attend to nothing at all: (H,), zeros."""
+        self.sink_logits = nn.Parameter(torch.zeros(self.num_heads))
 
     def heads(self, x: Tensor) -> Tensor:
         """(..., heads D) -> (..., heads, D)."""
@@ -63,7 +72,8 @@ class GroupedAttention(CausalAttention):
     def queries(self, x: Tensor) -> Tensor:
         """x (..., C) -> q (..., H, D), not yet rotated."""
         q = self.heads(self.q_proj(x))
-        return q if self.q_norm is None else normalise(self.q_norm, q).to(q.dtype)
+        q = q if self.q_norm is None else normalise(self.q_norm, q).to(q.dtype)
+        return q if self.query_factor == 1 else q * self.query_factor
 
     def keys(self, x: Tensor) -> Tensor:
         """x (..., C) -> k (..., G, D), not yet rotated."""
@@ -87,14 +97,34 @@ class GroupedAttention(CausalAttention):
     ) -> Read:
         """What q (B, T, H, D) reads of the tokens k and v (B, T, G, D), none rotated yet, and of those before."""
         far = partial(self.far_queries, q, positions, token_index(q, state))
-        q, k = self.rotate(q, positions), self.rotate(k, positions)
-        return attend_local(q, k, v, self.window, state, names, far=far, lse=lse)
+        return self.attend_local(
+            self.rotate(q, positions), self.rotate(k, positions), v, state, names, far=far, lse=lse
+        )
+
+    def attend_local(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: State | None,
+        names: tuple[str, str],
+        *,
+        far: Callable[[], Tensor],
+        lse: bool,
+    ) -> Read:
+        """The same of what is rotated."""
+        logits = self.sink_logits
+        if logits is not None and shown_here() is not None:
+            raise InputError("output_attentions is True; of heads with sink logits such weights are not shown")
+        read = attend_local(q, k, v, self.window, state, names, far=far, lse=lse or logits is not None)
+        return read if logits is None else with_empty(read, logits)
 
     @property
     def num_parameters(self) -> int:
         c, kv = self.hidden_size, self.kv_size
         norms = 0 if self.q_norm is None else 2 * self.head_dim
-        return self.linear_parameters((c, self.inner_size), (c, kv), (c, kv)) + norms
+        sinks = 0 if self.sink_logits is None else self.num_heads
+        return self.linear_parameters((c, self.inner_size), (c, kv), (c, kv)) + norms + sinks
 
     def state_entries(self, dtype: torch.dtype) -> dict[str, Entry]:
         """k and v of the tokens in the window, and of the sinks."""

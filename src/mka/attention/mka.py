@@ -36,7 +36,7 @@ from mka.limits import (
     unknown_name,
 )
 from mka.memory.entry import Entry
-from mka.memory.local import attend_local, local_entries, token_index
+from mka.memory.local import local_entries, token_index
 from mka.memory.longterm import (
     Chunks,
     asked_at,
@@ -143,7 +143,7 @@ class MemoryKeyedAttention(MemoryAttention):
         q, k, v = self.queries(x), self.keys(x), self.values(x)
         t, rotated = token_index(x, state), (self.rotate(q, positions), self.rotate(k, positions))
         far = partial(self.far_queries, q, positions, t)
-        local = attend_local(*rotated, v, self.window, state, self.local_stores, far=far, lse=self.is_joint)
+        local = self.attend_local(*rotated, v, state, self.local_stores, far=far, lse=self.is_joint)
         reads = [(LOCAL, local)]
         if self.session is not None:
             m = self.session(x, state).to(x.dtype)

@@ -25,8 +25,8 @@ from mka.storage import replace_folder
 from mka.training import Checkpoints, Teacher, TrainingPlan, choose_precision, train
 
 HELD_OUT_ROWS = 4
-ADDED_RATE = 10.0
-"""Times the learning rate for what a conversion added: biases have further to go than weights that are pretrained."""
+VECTOR_RATE = 10.0
+"""Times the learning rate for biases, gates and decays: they have further to go than weights do."""
 CHECKPOINTS = "checkpoints"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NOT_IDENTITY = ("output", "save_steps")
@@ -121,7 +121,7 @@ class Task:
             ranks=self.ranks,
             save_steps=config.save_steps,
             objective=Teacher(full) if config.objective == "teacher" else next_token_loss,
-            rate_of=lambda name: 1.0 if ".lora_" in name else ADDED_RATE,
+            rate_of=lambda name: 1.0 if self.model.get_parameter(name).dim() >= 2 else VECTOR_RATE,
         )
         with show_progress(console, config.max_steps) as on_step:
             run = train(self.model, plan, lambda: self.loss(self.model), on_step, checkpoints, console.print)

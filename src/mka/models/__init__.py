@@ -13,8 +13,12 @@ from mka.models.convert import convert
 from mka.models.loss import next_token_loss
 from mka.models.modeling import (
     MODELS,
+    MkaGemma3ForCausalLM,
+    MkaGemma3TextConfig,
     MkaGPT2Config,
     MkaGPT2LMHeadModel,
+    MkaGptOssConfig,
+    MkaGptOssForCausalLM,
     MkaLlamaConfig,
     MkaLlamaForCausalLM,
     MkaMistralConfig,
@@ -34,6 +38,10 @@ __all__ = [
     "AttentionAdapter",
     "MkaGPT2Config",
     "MkaGPT2LMHeadModel",
+    "MkaGemma3ForCausalLM",
+    "MkaGemma3TextConfig",
+    "MkaGptOssConfig",
+    "MkaGptOssForCausalLM",
     "MkaLlamaConfig",
     "MkaLlamaForCausalLM",
     "MkaMistralConfig",

@@ -10,7 +10,8 @@ from transformers import GPT2Config, PreTrainedConfig
 from mka.attention import CausalAttention
 from mka.config import Preset
 from mka.models.families import PREFIX
-from mka.models.modeling import MODELS, MemoryLayers, memory_config
+from mka.models.layers import MemoryLayers
+from mka.models.modeling import MODELS, memory_config
 
 
 def gpt2_config(

@@ -11,8 +11,9 @@ from mka.attention.grouped import GroupedAttention
 from mka.limits import InputError
 from mka.models.adapter import AttentionAdapter
 from mka.models.build import mechanisms
-from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of
-from mka.models.modeling import MODELS, MemoryLayers, memory_config
+from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of, sliding_layers
+from mka.models.layers import MemoryLayers
+from mka.models.modeling import MODELS, memory_config
 from mka.models.plain import check_plain, plain_name, unwrapped
 from mka.models.weights import others
 
@@ -22,9 +23,11 @@ CONVERTIBLE = ("mha", "mqa", "gqa", "mka", "fmka")
 def convert(model: Any, attention_type: str, *, memory_layers: MemoryLayers = "all", **options: Any) -> Any:
     """A new model with `model`'s weights and a mechanism in every block; `model` itself stays as it is.
 
-    model: GPT-2, Llama, Mistral, Qwen2 or Qwen3 for causal language modelling, converted already or not. Projections
-    q, k, v, o are kept. With gqa and the model's own number of groups nothing changes; with fewer groups the heads of
-    a group are averaged (arXiv 2305.13245, section 2.1), with more they are repeated.
+    model: GPT-2, Llama, Mistral, Qwen2, Qwen3, Gemma-3 (text) or gpt-oss for causal language modelling, converted
+    already or not. Where a model mixes full and sliding layers, as Gemma-3 does, the full ones get the mechanism and
+    the sliding ones compute what they did. Projections q, k, v, o are kept. With gqa and the model's own number of
+    groups nothing changes; with fewer groups the heads of a group are averaged (arXiv 2305.13245, section 2.1), with
+    more they are repeated.
 
     mka reads window, sinks and retrieved chunks by one softmax (mix="joint"): within `local_window` it is the model's
     own attention exactly, and beyond it near that without any training; `max_distance` is the model's
@@ -50,12 +53,13 @@ def convert(model: Any, attention_type: str, *, memory_layers: MemoryLayers = "a
     ours = mechanisms(model)
     if ours and not isinstance(ours[0], GroupedAttention):
         raise InputError(f"model holds {type(ours[0]).__name__}, which has no keys and values of its own to keep")
-    groups = ours[0].num_kv_heads if ours else kv_heads_of(config)
+    first = next((layer for number, layer in enumerate(ours) if number not in sliding_layers(config)), None)
+    groups = kv_heads_of(config) if first is None else first.num_kv_heads
     check_plain(model)
     if attention_type not in ("mha", "mqa"):
         options = {"num_kv_heads": groups} | options
-    if ours and ours[0].local_window is not None:
-        kept = {"local_window": ours[0].local_window, "sink_tokens": ours[0].sink_tokens}
+    if first is not None and first.local_window is not None:
+        kept = {"local_window": first.local_window, "sink_tokens": first.sink_tokens}
         options = kept | options
     full = memory_config(deepcopy(config), attention_type, options, memory_layers=memory_layers, learned_gate=True)
     converted = MODELS[config.model_type.removeprefix(PREFIX)](full).to(device=model.device, dtype=model.dtype)
@@ -63,10 +67,14 @@ def convert(model: Any, attention_type: str, *, memory_layers: MemoryLayers = "a
     converted.generation_config = deepcopy(model.generation_config)
     sources = [getattr(block, family.attention_name) for block in family.blocks(model)]
     with torch.no_grad():
-        for source, target in zip(sources, mechanisms(converted), strict=True):
+        targets: list[Any] = mechanisms(converted)
+        for source, target in zip(sources, targets, strict=True):
+            own = source.attention.num_kv_heads if isinstance(source, AttentionAdapter) else kv_heads_of(config)
             for name, layer in projections(source).items():
-                regroup = (groups, target.num_kv_heads) if name in ("k_proj", "v_proj") else None
+                regroup = (own, target.num_kv_heads) if name in ("k_proj", "v_proj") else None
                 copy_projection(layer, getattr(target, name), head_dim_of(config), regroup)
+            if family.sink_logits:
+                target.sink_logits.copy_(source.attention.sink_logits if ours else source.sinks)
     return converted.train(model.training)
 
 

@@ -1,5 +1,6 @@
 """The backbones that can carry our mechanisms, and where each of them differs."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from mka.attention.base import Bias
 from mka.limits import InputError
@@ -19,15 +21,17 @@ class Family:
     """A family of transformers' models.
 
     blocks: the list of decoder blocks of a causal model; attention_name: the attribute of a block that is replaced;
-    bias: which projections have one, from the configuration; rotary: whether positions are rotary; head_norm: whether
-    queries and keys are normalised head by head.
+    bias: which projections have one, from the configuration; rotary: whether positions are rotary; head_norm: what
+    normalises queries and keys head by head, made of the size of a head and `eps`; sink_logits: whether heads have a
+    learned logit for attending to nothing.
     """
 
     blocks: Callable[[Any], nn.ModuleList]
     attention_name: str
     bias: Callable[[Any], Bias]
     rotary: bool
-    head_norm: bool = False
+    head_norm: Callable[..., nn.Module] | None = None
+    sink_logits: bool = False
 
 
 def llama_blocks(model: Any) -> nn.ModuleList:
@@ -39,7 +43,19 @@ FAMILIES = {
     "llama": Family(llama_blocks, "self_attn", lambda config: bool(config.attention_bias), rotary=True),
     "mistral": Family(llama_blocks, "self_attn", lambda config: False, rotary=True),
     "qwen2": Family(llama_blocks, "self_attn", lambda config: "qkv", rotary=True),
-    "qwen3": Family(llama_blocks, "self_attn", lambda config: bool(config.attention_bias), rotary=True, head_norm=True),
+    "qwen3": Family(
+        llama_blocks,
+        "self_attn",
+        lambda config: bool(config.attention_bias),
+        rotary=True,
+        head_norm=lambda size, eps: nn.RMSNorm(size, eps=eps),
+    ),
+    "gemma3_text": Family(
+        llama_blocks, "self_attn", lambda config: bool(config.attention_bias), rotary=True, head_norm=Gemma3RMSNorm
+    ),
+    "gpt_oss": Family(
+        llama_blocks, "self_attn", lambda config: bool(config.attention_bias), rotary=True, sink_logits=True
+    ),
 }
 """By transformers' model_type. SmolLM and SmolLM2 are of the type llama."""
 PREFIX = "mka_"
@@ -56,6 +72,8 @@ def family_of(config: PreTrainedConfig) -> Family:
         "scale_attn_weights": (True, None),
         "scale_attn_by_inverse_layer_idx": (False, None),
         "add_cross_attention": (False, None),
+        "attn_logit_softcapping": (None,),
+        "use_bidirectional_attention": (False, None),
     }
     for name, allowed in refused.items():
         if (value := getattr(config, name, None)) not in allowed:
@@ -72,12 +90,34 @@ def kv_heads_of(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def rotary_of(config: Any, head_dim: int) -> RotaryEmbedding:
-    """The rotary embedding a configuration describes, with exactly transformers' frequencies.
+def query_factor(config: Any) -> float:
+    """By what queries are multiplied beside 1 / sqrt(D), where a family has a scale of its own."""
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    return 1.0 if scalar is None else math.sqrt(head_dim_of(config) / scalar)
+
+
+def rotates_by_layer(config: Any) -> bool:
+    """Whether the sliding layers of a family have rotary embeddings of their own."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return bool(parameters) and all(isinstance(value, dict) for value in parameters.values())
+
+
+def sliding_layers(config: Any) -> frozenset[int]:
+    """The layers that the backbone windows by itself, where not all are alike."""
+    kinds = getattr(config, "layer_types", None) or ()
+    found = frozenset(number for number, kind in enumerate(kinds) if kind == "sliding_attention")
+    return found if rotates_by_layer(config) or len(found) < len(kinds) else frozenset()
+
+
+def rotary_of(config: Any, head_dim: int, layer: int = 0) -> RotaryEmbedding:
+    """The rotary embedding a configuration describes for a layer, with exactly transformers' frequencies.
 
     Raises ValueError for one that changes with the length of the row, or that rotates a part of each head.
     """
-    parameters = config.rope_parameters
+    parameters, of_layer = config.rope_parameters, {}
+    if rotates_by_layer(config):
+        of_layer = {"layer_type": config.layer_types[layer]}
+        parameters = parameters[config.layer_types[layer]]
     kind = parameters["rope_type"]
     base = parameters["rope_theta"]
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
@@ -91,16 +131,15 @@ def rotary_of(config: Any, head_dim: int) -> RotaryEmbedding:
     if head_dim != head_dim_of(config):
         raise InputError(f"rope_type is {kind!r}; with qk_rope_head_dim={head_dim} allowed: default")
     with torch.device("cpu"):  # from_pretrained builds models without data
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **of_layer)
     return RotaryEmbedding(head_dim, base, tuple(frequencies.tolist()), scaling)
 
 
 def window_of(config: Any) -> int | None:
-    """The sliding window of the backbone's own attention. Raises ValueError where only some blocks have one."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return getattr(config, "sliding_window", None)
-    sliding = {kind == "sliding_attention" for kind in layer_types}
-    if len(sliding) > 1:
-        raise InputError("layer_types holds windowed and full attention; allowed: one of them in all blocks")
-    return config.sliding_window if True in sliding else None
+    """The sliding window of the backbone's own attention, but for that of `sliding_layers`."""
+    if sliding_layers(config):
+        return None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return getattr(config, "sliding_window", None)

@@ -5,18 +5,22 @@ After `import mka.models`, AutoConfig and AutoModelForCausalLM load a folder tha
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -31,97 +35,21 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from mka.attention import ATTENTION_TYPES, CausalAttention, build_attention
-from mka.attention.grouped import GroupedAttention
-from mka.limits import LOCAL_WINDOW, SINK_TOKENS, InputError, nearest, unknown_name
+from mka.attention import ATTENTION_TYPES
+from mka.limits import SINK_TOKENS, InputError
 from mka.memory.local import shown_weights
-from mka.memory.router import Router
 from mka.models.adapter import PADDING_MASK, AttentionAdapter
-from mka.models.families import PREFIX, family_of, head_dim_of, kv_heads_of, rotary_of, window_of
+from mka.models.families import (
+    PREFIX,
+    family_of,
+    kv_heads_of,
+    rotates_by_layer,
+    sliding_layers,
+    window_of,
+)
+from mka.models.layers import BEFORE, check_options, defaults_of, make_attention, memory_layers_of
 from mka.models.versions import CACHE_ARGUMENT, cache_among, check_version, columns_of, renamed, with_cache
 from mka.models.weights import check_finite, check_loaded, check_precision
-
-MemoryLayers = Literal["all"] | int | Sequence[int]
-FROM_CONFIG = ("hidden_size", "num_heads", "head_dim", "bias", "rotary")
-"""Options of a mechanism that the backbone's configuration decides."""
-
-
-WITH_MEMORY = ("mka", "fmka")
-"""Mechanisms that a model can have in some layers only."""
-BEFORE = {"mix": "routed", "sink_tokens": 0, "longterm_positions": "clamped", "max_distance": None}
-"""Options that configurations always hold, and what a model had before they existed."""
-
-
-def defaults_of(attention_type: str, names: Iterable[str]) -> dict[str, Any]:
-    """The defaults of those of the options that the mechanism has."""
-    parameters = inspect.signature(ATTENTION_TYPES[attention_type]).parameters
-    return {name: parameters[name].default for name in names if name in parameters}
-
-
-def check_options(attention_type: str, options: dict[str, Any]) -> None:
-    """Raises ValueError for an unknown mechanism or option, with the nearest name."""
-    if attention_type not in ATTENTION_TYPES:
-        raise unknown_name("attention type", attention_type, ATTENTION_TYPES)
-    allowed = [
-        name for name in inspect.signature(ATTENTION_TYPES[attention_type]).parameters if name not in FROM_CONFIG
-    ]
-    for name in options:
-        if name in FROM_CONFIG:
-            raise InputError(f"{name} is decided by the backbone's configuration; allowed: {', '.join(allowed)}")
-        if name not in allowed:
-            raise InputError(
-                f"{attention_type} has no option {name!r}; allowed: {', '.join(allowed)} (nearest: "
-                f"{nearest(name, allowed)!r})"
-            )
-
-
-def memory_layers_of(config: Any) -> list[int]:
-    """The layers of a configuration that have its mechanism, first one first. Raises ValueError for a choice of none,
-    of layers that there are not, and for mechanisms without a memory or a window."""
-    count, chosen = config.num_hidden_layers, config.memory_layers
-    if chosen == "all":
-        return list(range(count))
-    if config.attention_type not in WITH_MEMORY or config.attention_options.get("local_window", 0) is None:
-        raise InputError(
-            f"memory_layers is {chosen!r}; {config.attention_type} as it is here has no memory that other layers could "
-            f"be without; allowed: 'all', or {' or '.join(WITH_MEMORY)} with a local_window"
-        )
-    if isinstance(chosen, int) and not isinstance(chosen, bool) and 1 <= chosen <= count:
-        return list(range(chosen - 1, count, chosen))
-    if isinstance(chosen, list | tuple) and chosen and all(type(n) is int and 0 <= n < count for n in chosen):
-        return sorted(set(chosen))
-    raise InputError(
-        f"memory_layers is {chosen!r}; allowed: 'all', every n-th layer by a number from 1 to {count}, or a list of "
-        f"layers from 0 to {count - 1}"
-    )
-
-
-def make_attention(config: Any, layer: int = 0) -> CausalAttention:
-    """The mechanism that a configuration describes for a layer; its weights are as torch makes them.
-
-    A layer that is to have no memory has windowed attention, with the window and the sinks of those that have one.
-    """
-    family, options, kind = family_of(config), dict(config.attention_options), config.attention_type
-    check_options(kind, options)
-    head_dim = head_dim_of(config)
-    if layer not in memory_layers_of(config):
-        shared = {name: options.get(name) for name in ("sink_tokens", "max_distance")}
-        heads = options.get("num_kv_heads") or config.num_attention_heads
-        kind, options = (
-            "gqa",
-            shared | {"num_kv_heads": heads, "local_window": options.get("local_window", LOCAL_WINDOW)},
-        )
-    if family.rotary:
-        rope_dim = options.setdefault("qk_rope_head_dim", head_dim) if kind == "mla" else head_dim
-        options["rotary"] = rotary_of(config, rope_dim) if rope_dim else None
-    sizes = {"hidden_size": config.hidden_size, "num_heads": config.num_attention_heads, "head_dim": head_dim}
-    attention = build_attention(kind, **sizes, bias=family.bias(config), **options)
-    for module in attention.modules():
-        if config.learned_gate and isinstance(module, Router):
-            module.learn_gate()
-    if family.head_norm and isinstance(attention, GroupedAttention):
-        attention.normalise_heads(config.rms_norm_eps)
-    return attention
 
 
 class MemoryConfig(PreTrainedConfig):
@@ -250,6 +178,14 @@ class MkaQwen3Config(MemoryConfig, Qwen3Config):
     model_type = f"{PREFIX}qwen3"
 
 
+class MkaGemma3TextConfig(MemoryConfig, Gemma3TextConfig):
+    model_type = f"{PREFIX}gemma3_text"
+
+
+class MkaGptOssConfig(MemoryConfig, GptOssConfig):
+    model_type = f"{PREFIX}gpt_oss"
+
+
 class MkaGPT2LMHeadModel(MemoryModel, GPT2LMHeadModel):
     config_class = MkaGPT2Config
 
@@ -291,12 +227,22 @@ class MkaQwen3ForCausalLM(MemoryModel, Qwen3ForCausalLM):
     config_class = MkaQwen3Config
 
 
+class MkaGemma3ForCausalLM(MemoryModel, Gemma3ForCausalLM):
+    config_class = MkaGemma3TextConfig
+
+
+class MkaGptOssForCausalLM(MemoryModel, GptOssForCausalLM):
+    config_class = MkaGptOssConfig
+
+
 MODELS: dict[str, Any] = {
     "gpt2": MkaGPT2LMHeadModel,
     "llama": MkaLlamaForCausalLM,
     "mistral": MkaMistralForCausalLM,
     "qwen2": MkaQwen2ForCausalLM,
     "qwen3": MkaQwen3ForCausalLM,
+    "gemma3_text": MkaGemma3ForCausalLM,
+    "gpt_oss": MkaGptOssForCausalLM,
 }
 # Folders hold the norms of Qwen3's heads under the names of their projections, where they once were.
 register_checkpoint_conversion_mapping(
@@ -332,11 +278,9 @@ def memory_config(config: PreTrainedConfig, attention_type: str, options: dict[s
         options.setdefault("local_window", window)
     if family_of(config).rotary and "max_distance" in defaults:
         options.setdefault("max_distance", trained_distance(config, options, defaults))
-    for name in ("sliding_window", "layer_types"):  # the mechanism has the window now
-        if name in values:
-            values[name] = None
-    if "use_sliding_window" in values:
-        values["use_sliding_window"] = False
+    if not sliding_layers(config) and not rotates_by_layer(config):  # the mechanism has the window now
+        values |= {name: None for name in ("sliding_window", "layer_types") if name in values}
+        values |= {name: False for name in ("use_sliding_window",) if name in values}
     if "attn_pdrop" in values:
         values["attn_pdrop"] = 0.0  # the mechanisms have no dropout between softmax and values
     model = MODELS[config.model_type.removeprefix(PREFIX)]

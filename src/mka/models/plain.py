@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mka.limits import InputError
-from mka.models.families import PREFIX, head_dim_of, rotary_of
+from mka.models.families import PREFIX, head_dim_of, rotary_of, rotates_by_layer
 from mka.models.modeling import MODELS
 from mka.models.weights import FLOATS, not_finite, others
 
@@ -118,13 +118,16 @@ def check_rotary(model: Any) -> None:
     embedding = getattr(getattr(model, "model", None), "rotary_emb", None)
     if embedding is None:
         return
-    rotary, found = rotary_of(model.config, head_dim_of(model.config)), embedding.inv_freq.detach().cpu()
-    # A model that was cast to bfloat16, and back even, has rounded angles.
-    if not torch.allclose(found.float(), rotary.rates(torch.zeros(1)), rtol=2**-8, atol=0):
-        raise InputError(
-            "model.rotary_emb.inv_freq is not what the model's config says (rope_parameters): a new model is made of "
-            "the config alone, so change it there too"
-        )
+    config = model.config
+    for layer in range(config.num_hidden_layers):
+        name = f"{config.layer_types[layer]}_inv_freq" if rotates_by_layer(config) else "inv_freq"
+        rotary, found = rotary_of(config, head_dim_of(config), layer), getattr(embedding, name).detach().cpu()
+        # A model that was cast to bfloat16, and back even, has rounded angles.
+        if not torch.allclose(found.float(), rotary.rates(torch.zeros(1)), rtol=2**-8, atol=0):
+            raise InputError(
+                f"model.rotary_emb.{name} is not what the model's config says (rope_parameters): a new model is made "
+                "of the config alone, so change it there too"
+            )
 
 
 def check_weights(model: Any, wanted: dict[str, Tensor]) -> None:

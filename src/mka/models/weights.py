@@ -14,7 +14,7 @@ from mka.models.adapter import AttentionAdapter
 
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Ends of names under which older files of transformers keep constants beside the weights."""
-PRETRAINED = ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "q_norm.", "k_norm.")
+PRETRAINED = ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "q_norm.", "k_norm.", "sink_logits")
 """What a mechanism has in common with a pretrained attention; everything else of it is router and memories."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """By safetensors' names; what is stored otherwise belongs to a quantized model."""

@@ -83,6 +83,14 @@ def both(a: Read, b: Read, *, lse: bool = True) -> Read:
     )
 
 
+def with_empty(read: Read, logits: Tensor) -> Read:
+    """One softmax over what was read and a key of score `logits` (H,), which has no value."""
+    sums = read.sums
+    logits = logits.to(sums.dtype)
+    share = torch.sigmoid(sums - logits).to(read.values.dtype)
+    return Read(read.values * share.unsqueeze(-1), torch.logaddexp(sums, logits.expand_as(sums)))
+
+
 def shares_of(reads: Sequence[Read], biases: Sequence[Tensor | None], factors: Sequence[Tensor | None]) -> Tensor:
     """The weight (N, B, T, H) of each of N reads in one softmax over what all of them have read.
 
