@@ -2,6 +2,7 @@
 
     python benchmarks/search.py --model SmolLM2-135M-Instruct.Q4_1.gguf
     python benchmarks/search.py --model ... --tokens 4096 --documents 8 --budgets 256 64
+    python benchmarks/search.py --model ... --chunk_sizes 16 --budgets 256 --prompts 3      # passkeys instead
 
 A pretrained model, converted to joint mka without training, reads documents; every search chooses chunks of as many
 tokens in all. The oracle knows the attention mass that the heads of a group have on each chunk, over the whole past,
@@ -13,6 +14,7 @@ tokens, layers and documents; loss: nats per token over the last three quarters.
     softmax            the sum over the group's heads of their softmax over chunks, as they are read: mka's own
     bounds             as softmax, by the largest score that a key within a chunk's bounds could have (Quest)
     mean and bounds    as softmax, by the mean of both scores
+    mean and range     as softmax, q . mean + |q| . (high - low) / 4 for each chunk's bounds: two vectors a chunk
     halves             as softmax, by the log-sum-exp of the scores of the means of a chunk's two halves
     oracle             by the true attention mass
 """
@@ -33,7 +35,9 @@ from mka.memory.longterm import chunk_means
 from mka.memory.search import AsRead, Limits, Retrieved, kept, retrieve, retrieve_as_read, taken, top_by_place
 from mka.models import convert
 from pretrained import Options as Texts
-from pretrained import documents, load, losses
+from pretrained import documents, load, losses, passkey
+
+DESCRIBED = ("sum, unrotated", "sum", "softmax", "bounds", "mean and bounds", "mean and range", "halves", "oracle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,9 @@ class Options:
     chunk_sizes: tuple[int, ...] = (8, 16, 32)
     budgets: tuple[int, ...] = (256, 64)
     """Tokens that are retrieved."""
-    searches: tuple[str, ...] = ("sum, unrotated", "sum", "softmax", "bounds", "mean and bounds", "halves", "oracle")
+    searches: tuple[str, ...] = DESCRIBED
+    prompts: int = 0
+    """Passkeys, at depths 0.3 and 0.6 each: in how many is every digit the likeliest, those before it given?"""
     threads: int = 2
 
 
@@ -109,6 +115,13 @@ def means(call: Call, limits: Limits) -> Tensor:
     return head_scores(call.rotated[0][0], chunk_means(call.rotated[1], limits.chunk_size, limits.sinks)[0])
 
 
+def mean_and_range(call: Call, limits: Limits) -> Tensor:
+    q, k = call.rotated[0][0], call.rotated[1][0]
+    chunks = k.shape[0] // limits.chunk_size
+    parts = k[: chunks * limits.chunk_size].unflatten(0, (chunks, -1))
+    return means(call, limits) + head_scores(q.abs(), (parts.amax(1) - parts.amin(1)) / 4)
+
+
 def halves(call: Call, limits: Limits) -> Tensor:
     half = chunk_means(call.rotated[1], limits.chunk_size // 2, limits.sinks)[0]
     scores = head_scores(call.rotated[0][0], half[: len(half) // 2 * 2])
@@ -131,6 +144,7 @@ SEARCHES: dict[str, Callable[[Call, Limits], Retrieved]] = {
     "mean and bounds": lambda call, limits: by_scores(
         (bounds(call, limits) + means(call, limits)) / 2, call.rotated[1].shape[2], limits
     ),
+    "mean and range": lambda call, limits: by_scores(mean_and_range(call, limits), call.rotated[1].shape[2], limits),
     "halves": lambda call, limits: by_scores(halves(call, limits), call.rotated[1].shape[2], limits),
     "oracle": lambda call, limits: by_mass(attention_mass(call, limits), limits),
 }
@@ -146,10 +160,40 @@ def main(options: Options) -> None:
             choice: dict[str, Any] = {"chunk_size": chunk_size, "top_k": budget // chunk_size}
             model = convert(pretrained, "mka", local_window=options.local_window, **choice).eval()
             for name in options.searches:
+                if options.prompts:
+                    print(json.dumps(choice | {"search": name} | passkeys(model, tokenizer, name, options)), flush=True)
+                    continue
                 found = [measure(model, ids, name, options) for _, ids in rows]
                 loss, share = (sum(each) / len(found) for each in zip(*found, strict=True))
                 line = choice | {"search": name, "share": round(share, 4), "loss": round(loss, 4)}
                 print(json.dumps(line), flush=True)
+
+
+def passkeys(model: Any, tokenizer: Any, name: str, options: Options) -> dict[str, int]:
+    asked = [(number, depth) for number in range(options.prompts) for depth in (0.3, 0.6)]
+    right = [answers(model, *passkey(tokenizer, options.tokens, *each), tokenizer, name) for each in asked]
+    return {"right": sum(right), "of": len(right)}
+
+
+def answers(model: Any, ids: Tensor, key: str, tokenizer: Any, name: str) -> bool:
+    """Whether a model with that search would say every digit of the key after the question ids (1, T)."""
+    digits = torch.tensor(tokenizer(key).input_ids)
+    call, real = Call(), MemoryKeyedAttention.read_long_term
+
+    def noting(attn: Any, raw: Any, rotated: Any, *rest: Any) -> Any:
+        call.raw, call.rotated = raw, rotated
+        return real(attn, raw, rotated, *rest)
+
+    def search(_near: AsRead, _far: Any, _is_near: Any, limits: Limits, _asked: Any = None) -> Retrieved:
+        return SEARCHES[name](call, limits)
+
+    with (
+        torch.no_grad(),
+        patch.object(MemoryKeyedAttention, "read_long_term", noting),
+        patch("mka.attention.mka.retrieve_as_read", search),
+    ):
+        logits = model(torch.cat([ids, digits[None]], 1), use_cache=False, logits_to_keep=len(digits) + 1).logits
+    return bool((logits[0, :-1].argmax(-1) == digits).all())
 
 
 def measure(model: Any, ids: Tensor, name: str, options: Options) -> tuple[float, float]:
