@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import mka.experiments.adapting
-from checks_models import LLAMA, shake
+from checks_models import GEMMA, LLAMA, shake
 from memory_models import story
 from mka import cli
 from mka.data import load_tokenizer
@@ -28,7 +28,7 @@ SMALL = ("--sequence_length", LENGTH, "--max_steps", 4, "--save_steps", 1)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders pretrained, mka and fmka, and a text."""
+    """Folders pretrained, mka, fmka and gemma3 (a memory in its second layer), and a text."""
     place = tmp_path_factory.mktemp("adapt")
     (place / "text.txt").write_text("\n".join(story(seed) for seed in range(40)), encoding="utf-8")
     tokenizer = load_tokenizer("bpe", [story(seed) for seed in range(9)], 300)
@@ -37,6 +37,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = {"pretrained": model}
     for kind in ("mka", "fmka"):
         models[kind] = convert(model, kind, local_window=8, chunk_size=4, top_k=2)
+    gemma: dict[str, Any] = LLAMA | GEMMA | {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
+    mixed = shake(AutoModelForCausalLM.from_config(Gemma3TextConfig(**gemma)))
+    models["gemma3"] = convert(mixed, "mka", local_window=9, sink_tokens=3, chunk_size=4, top_k=2)
     for name, made in models.items():
         made.save_pretrained(place / name)
         tokenizer.save(place / name)
@@ -65,7 +68,7 @@ def after_attention(name: str) -> str:
     return name.partition(".attention.")[2]
 
 
-@pytest.mark.parametrize("kind", ["mka", "fmka"])
+@pytest.mark.parametrize("kind", ["mka", "fmka", "gemma3"])
 def test_memories_alone_are_trained(kind: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new"
     status, out, err = run(capsys, place, "--model", place / kind, "--output", output)
@@ -146,6 +149,20 @@ def test_the_text_itself_can_be_what_is_learned(
     assert after < before
 
 
+def test_the_baselines_are_of_the_layer_with_a_memory(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, Any]] = []
+    real = mka.experiments.adapting.convert
+    monkeypatch.setattr(mka.experiments.adapting, "convert", lambda *args, **kw: made.append(kw) or real(*args, **kw))
+    command = ("--model", place / "gemma3", "--output", tmp_path / "new", "--max_steps", 1)
+    assert run(capsys, place, *command)[0] == 0
+    assert made == [
+        {"num_kv_heads": 2, "sink_tokens": 3, "local_window": 9},
+        {"num_kv_heads": 2, "sink_tokens": 0, "local_window": None},
+    ]
+
+
 def test_a_text_in_which_no_range_is_used_is_said(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +184,7 @@ def test_a_text_in_which_no_range_is_used_is_said(
         (("--batch_size", 0), "batch_size is 0; it must be at least 1"),
         (("--objective", "techer"), "invalid choice 'techer'"),
         (("--sequence_length", 10**6), "one block needs"),
+        (("--output", ""), "output is ''; it is there and not empty"),
     ],
 )
 def test_what_is_refused(

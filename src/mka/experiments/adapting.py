@@ -38,16 +38,16 @@ def adapt_model(config: AdaptConfig, console: Console) -> None:
         raise InputError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; mka adapt runs in one process: start it without torchrun"
         )
-    output = Path(config.output)
-    work = output.with_name(f"{output.name}.{CHECKPOINTS}")
+    output = Path(config.output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output is {config.output!r}; it is there and not empty; give another folder")
     if config.lora_r is not None and importlib.util.find_spec("peft") is None:
         raise InputError(f"lora_r is {config.lora_r}; LoRA needs the package peft: pip install peft")
+    work = output.with_name(f"{output.name}.{CHECKPOINTS}")
     model, tokenizer = load(config.model)
-    window = window_of(model, config)
+    memory = memory_of(model, config)
     corpus = prepare_tokens(load_corpus("text", config.text_path), config.model, 0)
-    task = Task(config, model, corpus, window, start_ranks())
+    task = Task(config, model, corpus, memory, start_ranks())
     with claimed(work):
         trained = task.run(Checkpoints(work, task.identity), console)
 
@@ -63,32 +63,38 @@ def adapt_model(config: AdaptConfig, console: Console) -> None:
     console.print(f"written: {config.output}")
 
 
-def window_of(model: Any, config: AdaptConfig) -> int:
-    """The window beyond which there is something to learn. Raises InputError for a model without a memory."""
+def memory_of(model: Any, config: AdaptConfig) -> MemoryAttention:
+    """The first layer that has one, beyond whose window there is something to learn. Raises InputError where there is
+    none, and for rows that do not reach so far."""
     memories = [layer for layer in mechanisms(model) if isinstance(layer, MemoryAttention)]
     if not memories:
         kind = getattr(model.config, "attention_type", model.config.model_type)
         raise InputError(
             f"model is {config.model!r}; its attention is {kind}, which has no memories; make some first: mka convert"
         )
-    window = memories[0].local_window
-    if window is None:
+    memory = memories[0]
+    if memory.local_window is None:
         raise InputError(
             f"model is {config.model!r}; its memories have no local_window beyond which they would be needed"
         )
-    if config.sequence_length <= window + memories[0].chunk_size:
+    least = memory.local_window + memory.chunk_size
+    if config.sequence_length <= least:
         raise InputError(
             f"sequence_length is {config.sequence_length}; it must be above the model's local_window and chunk_size "
-            f"together, {window + memories[0].chunk_size}"
+            f"together, {least}"
         )
-    return window
+    return memory
 
 
 class Task:
     """One adaptation: its texts, its teacher, and what is measured before and after."""
 
-    def __init__(self, config: AdaptConfig, model: Any, corpus: TokenizedCorpus, window: int, ranks: Ranks) -> None:
-        self.config, self.model, self.window, self.ranks = config, model, window, ranks
+    def __init__(
+        self, config: AdaptConfig, model: Any, corpus: TokenizedCorpus, memory: MemoryAttention, ranks: Ranks
+    ) -> None:
+        self.config, self.model, self.ranks = config, model, ranks
+        self.shape = {"num_kv_heads": memory.num_kv_heads, "sink_tokens": memory.sink_tokens}
+        self.window = memory.local_window or 0
         self.dtype = model.dtype
         self.precision = choose_precision(model.device)
         length = config.sequence_length
@@ -101,10 +107,9 @@ class Task:
 
     def run(self, checkpoints: Checkpoints, console: Console) -> Any:
         """The model, trained; it says what is trained, and the losses before and after."""
-        config, groups = self.config, mechanisms(self.model)[0].num_kv_heads
-        options = {"num_kv_heads": groups, "sink_tokens": mechanisms(self.model)[0].sink_tokens}
-        windowed = self.loss(convert(self.model, "gqa", local_window=self.window, **options))
-        full = convert(self.model, "gqa", local_window=None, num_kv_heads=groups, sink_tokens=0)
+        config = self.config
+        windowed = self.loss(convert(self.model, "gqa", **self.shape | {"local_window": self.window}))
+        full = convert(self.model, "gqa", **self.shape | {"local_window": None, "sink_tokens": 0})
         gap = Gap(self.loss(full), windowed)
         console.print(
             f"held out: {len(self.held_out)} rows of {config.sequence_length:,} tokens, from token {self.window:,} on"
