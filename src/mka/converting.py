@@ -14,6 +14,7 @@ from mka.limits import InputError
 from mka.loading import load
 from mka.model_commands import ConvertConfig
 from mka.models import convert, mechanisms
+from mka.models.families import head_dim_of, kv_heads_of, sliding_layers, window_of
 from mka.storage import write_folder
 
 Say = Callable[[str], None]
@@ -66,15 +67,15 @@ def account(before: Any, after: Any) -> list[str]:
     kept, total = (sum(p.numel() for p in model.parameters()) for model in (before, after))
     layers = mechanisms(after)
     remembering = [layer for layer in layers if layer.retrieves]
+    first = (remembering or layers)[0]
     lines = [
         f"kept: {kept:,} parameters; added: {total - kept:,}",
-        f"{len(layers)} layers, {len(remembering)} of them with a memory; window {layers[0].local_window or 'none'}, "
-        f"sinks {layers[0].sink_tokens}",
+        f"{len(layers)} layers, {len(remembering)} of them with a memory; window {first.local_window or 'none'}, "
+        f"sinks {first.sink_tokens}",
         f"{'tokens':>8} {'own cache':>12} {'cache':>12} {'beside chunks':>14}",
     ]
-    size = after.dtype.itemsize
     for tokens in LENGTHS:
-        own = sum(2 * layer.num_kv_heads * layer.head_dim * tokens * size for layer in layers)
+        own = own_nbytes(before, tokens)
         new = sum(layer.state_nbytes(1, tokens) for layer in layers)
         stored = sum(
             entry.nbytes(tokens, 0)
@@ -85,6 +86,18 @@ def account(before: Any, after: Any) -> list[str]:
         lines.append(f"{tokens:>8,} {mib(own):>12} {mib(new):>12} {mib(new - stored):>14}")
     lines.append("beside chunks: what stays on the device where chunks are kept in host memory or on disk")
     return lines
+
+
+def own_nbytes(model: Any, tokens: int) -> int:
+    """Bytes of a model's own cache of one row, its windows taken into account."""
+    if ours := mechanisms(model):
+        return sum(layer.state_nbytes(1, tokens) for layer in ours)
+    config = model.config
+    kept = [window_of(config)] * config.num_hidden_layers
+    for number in sliding_layers(config):
+        kept[number] = config.sliding_window
+    size = 2 * kv_heads_of(config) * head_dim_of(config) * model.dtype.itemsize
+    return sum(size * (tokens if window is None else min(tokens, window)) for window in kept)
 
 
 def mib(size: int) -> str:

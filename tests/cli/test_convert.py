@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import mka.converting
-from checks_models import LLAMA, shake
+from checks_models import BACKBONES, LLAMA, shake
 from memory_models import story
 from mka import cli
+from mka.converting import own_nbytes
 from mka.data import load_tokenizer
 from mka.model_commands import ConvertConfig
 from mka.models import convert, mechanisms
@@ -61,6 +62,26 @@ def test_what_is_written_is_what_convert_makes(
     assert f"{nbytes / 2**20:,.1f} MiB" in next(line for line in out.splitlines() if line.startswith("   1,024"))
     assert cli.main(["generate", "--model", str(output), "--prompt", "the cat", "--max_new_tokens", "3"]) == 0
     assert cli.main(["verify", str(output)]) == 0
+
+
+def test_the_models_own_cache_is_that_of_its_own_heads_and_windows(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against transformers' cache, which is asked for what it holds."""
+    gemma = AutoModelForCausalLM.from_config(BACKBONES["gemma3"])
+    llama = AutoModelForCausalLM.from_pretrained(pretrained)
+    for model, tokens in ((gemma, 5), (gemma, 40), (llama, 40)):
+        cache: Any = DynamicCache(config=model.config)
+        model(torch.ones(1, tokens, dtype=torch.long), past_key_values=cache)
+        held = sum(2 * layer.keys.numel() * 4 for layer in cache.layers)
+        if model is gemma and tokens == 40:  # a sliding layer of transformers keeps one token less than its window
+            held += 2 * 2 * 12 * 4
+        assert own_nbytes(model, tokens) == held
+    output = tmp_path / "mqa"
+    _, out, _ = run(capsys, "--model", pretrained, "--output", output, "--attention_type", "mqa")
+    assert out.splitlines()[3].split()[1:3] == [*f"{own_nbytes(llama, 1024) / 2**20:,.1f} MiB".split()]
+    again = AutoModelForCausalLM.from_pretrained(output)
+    assert own_nbytes(again, 100) == sum(attn.state_nbytes(1, 100) for attn in mechanisms(again))
 
 
 def test_the_dtype_that_is_asked_for(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
