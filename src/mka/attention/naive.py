@@ -43,8 +43,13 @@ def all_scores(q: Tensor, keys: list[Tensor]) -> Tensor:
     return (q.unflatten(0, (k.shape[0], -1)) @ k.mT / q.shape[-1] ** 0.5).flatten(0, 1)
 
 
-def weighed(scores: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """softmax(scores) v of scores (H, N), values (G, D): (H, D), and log-sum-exps (H,); zeros where all are -inf."""
+def weighed(scores: Tensor, values: list[Tensor], empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """softmax(scores) v of scores (H, N), values (G, D): (H, D), and log-sum-exps (H,); zeros where all are -inf.
+
+    empty (H,): the score of one key more, which has no value.
+    """
+    if empty is not None:
+        scores, values = torch.cat([scores, empty[:, None]], dim=1), [*values, torch.zeros_like(values[0])]
     v = torch.stack(values, dim=1)
     weights = scores.softmax(-1) if scores.isfinite().any() else torch.zeros_like(scores)
     return (weights.unflatten(0, (v.shape[0], -1)) @ v).flatten(0, 1), scores.logsumexp(-1)
@@ -65,7 +70,7 @@ def naive_gqa(attn: GroupedQueryAttention, x: Tensor, positions: Tensor) -> Iter
         t = len(keys) - 1
         seen = window_tokens(attn, t)
         scores = local_scores(attn, attn.queries(x_t), position, keys, seen, t)
-        yield attn.o_proj(weighed(scores, [values[s] for s in seen])[0].flatten())
+        yield attn.o_proj(weighed(scores, [values[s] for s in seen], attn.sink_logits)[0].flatten())
 
 
 def naive_mla(attn: MultiHeadLatentAttention, x: Tensor, positions: Tensor) -> Iterator[Tensor]:
@@ -105,7 +110,8 @@ def naive_mka(attn: MemoryKeyedAttention, x: Tensor, positions: Tensor) -> Itera
         if attn.slots_read is not None:
             del slots[: -attn.slots_read], slot_values[: -attn.slots_read]
         seen = window_tokens(attn, t)
-        local = weighed(local_scores(attn, q, position, placed, seen, t), [values[s] for s in seen])
+        scores = local_scores(attn, q, position, placed, seen, t)
+        local = weighed(scores, [values[s] for s in seen], attn.sink_logits)
         session_read = torch.zeros_like(q), q.new_full((len(q),), -torch.inf)
         if slots:
             session_read = weighed(all_scores(place(attn.rotary, q, position), slots), slot_values)
@@ -230,8 +236,8 @@ def naive_fmka(attn: FastMemoryKeyedAttention, x: Tensor, positions: Tensor) -> 
         keys.append(place(attn.rotary, attn.keys(f), position))
         values.append(attn.values(f))
         seen = window_tokens(attn, t)
-        read, _ = weighed(local_scores(attn, q, position, keys, seen, t), [values[s] for s in seen])
-        yield attn.o_proj(read.flatten())
+        scores = local_scores(attn, q, position, keys, seen, t)
+        yield attn.o_proj(weighed(scores, [values[s] for s in seen], attn.sink_logits)[0].flatten())
 
 
 class Session:
