@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from checks_models import make_model, tokens
 from checks_versions import hand_on, stale, without, without_mask
 from mka.models import StateLayer, versions
-from mka.models.modeling import MkaLlamaForCausalLM
+from mka.models.modeling import MODELS, MkaLlamaForCausalLM
 
 IDS = tokens(2, 14)
 ROOT = Path(__file__).parents[2]
@@ -63,11 +63,17 @@ def watched(patch: pytest.MonkeyPatch) -> list[str]:
 KINDS = ["gqa", "mla", "mka", "fmka"]
 
 
-@pytest.mark.parametrize("backbone", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("backbone", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_an_untried_version_is_checked_once(backbone: str, untried: list[str]) -> None:
     make_model(backbone, "mha")
     assert untried == KINDS
     make_model(backbone, "mqa")
+    assert untried == KINDS
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_family_passes(family: str, untried: list[str]) -> None:
+    versions.check_version(MODELS[family])
     assert untried == KINDS
 
 

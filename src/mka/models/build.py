@@ -60,8 +60,9 @@ def build_model(
     memory_layers: where mka or fmka stand: "all", n for every n-th layer (n - 1, 2 n - 1, ...), or a list of layers
     from 0; the other layers have windowed attention with sinks, and their caches stay bounded.
 
-    config: one of GPT-2, Llama, Mistral, Qwen2 or Qwen3. Embeddings, MLPs and norms depend on (config, seed) alone, so
-    two mechanisms start from the same ones. A padded batch needs `attention_mask` and, for GPT-2, which learns its
+    config: one of GPT-2, Llama, Mistral, Qwen2, Qwen3, Gemma-3 (text) or gpt-oss; where it mixes sliding and full
+    layers, the mechanism stands in the full ones. Embeddings, MLPs and norms depend on (config, seed) alone, so two
+    mechanisms start from the same ones. A padded batch needs `attention_mask` and, for GPT-2, which learns its
     positions, `position_ids` that count valid tokens: `(attention_mask.cumsum(1) - 1).clamp(min=0)`; `generate` makes
     them itself.
     Raises ValueError for an unknown mechanism, options it does not allow, and a family that is not supported.

@@ -51,8 +51,9 @@ def convert(model: Any, attention_type: str, *, memory_layers: MemoryLayers = "a
     if attention_type not in CONVERTIBLE:
         raise InputError(f"attention is {attention_type!r}; a pretrained model can become: {', '.join(CONVERTIBLE)}")
     ours = mechanisms(model)
-    if ours and not isinstance(ours[0], GroupedAttention):
-        raise InputError(f"model holds {type(ours[0]).__name__}, which has no keys and values of its own to keep")
+    for layer in ours:
+        if not isinstance(layer, GroupedAttention):
+            raise InputError(f"model holds {type(layer).__name__}, which has no keys and values of its own to keep")
     first = next((layer for number, layer in enumerate(ours) if number not in sliding_layers(config)), None)
     groups = kv_heads_of(config) if first is None else first.num_kv_heads
     check_plain(model)

@@ -1,9 +1,9 @@
 """The backbones that can carry our mechanisms, and where each of them differs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ class Family:
     blocks: the list of decoder blocks of a causal model; attention_name: the attribute of a block that is replaced;
     bias: which projections have one, from the configuration; rotary: whether positions are rotary; head_norm: what
     normalises queries and keys head by head, made of the size of a head and `eps`; sink_logits: whether heads have a
-    learned logit for attending to nothing.
+    learned logit for attending to nothing; windowed: which layers have the window config.sliding_window, by what
+    transformers' model does, whatever else its configuration may hold: none, all, or as config.layer_types says.
     """
 
     blocks: Callable[[Any], nn.ModuleList]
@@ -32,6 +33,7 @@ class Family:
     rotary: bool
     head_norm: Callable[..., nn.Module] | None = None
     sink_logits: bool = False
+    windowed: Literal["none", "all", "by layer"] = "none"
 
 
 def llama_blocks(model: Any) -> nn.ModuleList:
@@ -41,24 +43,37 @@ def llama_blocks(model: Any) -> nn.ModuleList:
 FAMILIES = {
     "gpt2": Family(lambda model: model.transformer.h, "attn", lambda config: True, rotary=False),
     "llama": Family(llama_blocks, "self_attn", lambda config: bool(config.attention_bias), rotary=True),
-    "mistral": Family(llama_blocks, "self_attn", lambda config: False, rotary=True),
-    "qwen2": Family(llama_blocks, "self_attn", lambda config: "qkv", rotary=True),
+    "mistral": Family(llama_blocks, "self_attn", lambda config: False, rotary=True, windowed="all"),
+    "qwen2": Family(llama_blocks, "self_attn", lambda config: "qkv", rotary=True, windowed="by layer"),
     "qwen3": Family(
         llama_blocks,
         "self_attn",
         lambda config: bool(config.attention_bias),
         rotary=True,
         head_norm=lambda size, eps: nn.RMSNorm(size, eps=eps),
+        windowed="by layer",
     ),
     "gemma3_text": Family(
-        llama_blocks, "self_attn", lambda config: bool(config.attention_bias), rotary=True, head_norm=Gemma3RMSNorm
+        llama_blocks,
+        "self_attn",
+        lambda config: bool(config.attention_bias),
+        rotary=True,
+        head_norm=Gemma3RMSNorm,
+        windowed="by layer",
     ),
     "gpt_oss": Family(
-        llama_blocks, "self_attn", lambda config: bool(config.attention_bias), rotary=True, sink_logits=True
+        llama_blocks,
+        "self_attn",
+        lambda config: bool(config.attention_bias),
+        rotary=True,
+        sink_logits=True,
+        windowed="by layer",
     ),
 }
 """By transformers' model_type. SmolLM and SmolLM2 are of the type llama."""
 PREFIX = "mka_"
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""transformers' words for the kinds of layers."""
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -78,7 +93,15 @@ def family_of(config: PreTrainedConfig) -> Family:
     for name, allowed in refused.items():
         if (value := getattr(config, name, None)) not in allowed:
             raise InputError(f"{name} is {value}; the mechanisms need {allowed[0]}")
+    others = set(layer_types(config, family)) - {FULL, SLIDING}
+    if others:
+        raise InputError(f"layer_types has {min(others)!r}; allowed: {FULL!r}, {SLIDING!r}")
     return family
+
+
+def layer_types(config: Any, family: Family) -> Sequence[str]:
+    """What each layer is, where the family has layers of several kinds."""
+    return config.layer_types if family.windowed == "by layer" else ()
 
 
 def head_dim_of(config: Any) -> int:
@@ -104,8 +127,8 @@ def rotates_by_layer(config: Any) -> bool:
 
 def sliding_layers(config: Any) -> frozenset[int]:
     """The layers that the backbone windows by itself, where not all are alike."""
-    kinds = getattr(config, "layer_types", None) or ()
-    found = frozenset(number for number, kind in enumerate(kinds) if kind == "sliding_attention")
+    kinds = layer_types(config, family_of(config))
+    found = frozenset(number for number, kind in enumerate(kinds) if kind == SLIDING)
     return found if rotates_by_layer(config) or len(found) < len(kinds) else frozenset()
 
 
@@ -137,9 +160,6 @@ def rotary_of(config: Any, head_dim: int, layer: int = 0) -> RotaryEmbedding:
 
 def window_of(config: Any) -> int | None:
     """The sliding window of the backbone's own attention, but for that of `sliding_layers`."""
-    if sliding_layers(config):
-        return None
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return getattr(config, "sliding_window", None)
+    family = family_of(config)
+    is_windowed = family.windowed == "all" or SLIDING in layer_types(config, family)
+    return config.sliding_window if is_windowed and not sliding_layers(config) else None

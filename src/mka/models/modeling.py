@@ -40,6 +40,7 @@ from mka.limits import SINK_TOKENS, InputError
 from mka.memory.local import shown_weights
 from mka.models.adapter import PADDING_MASK, AttentionAdapter
 from mka.models.families import (
+    FULL,
     PREFIX,
     family_of,
     kv_heads_of,
@@ -279,8 +280,10 @@ def memory_config(config: PreTrainedConfig, attention_type: str, options: dict[s
     if family_of(config).rotary and "max_distance" in defaults:
         options.setdefault("max_distance", trained_distance(config, options, defaults))
     if not sliding_layers(config) and not rotates_by_layer(config):  # the mechanism has the window now
-        values |= {name: None for name in ("sliding_window", "layer_types") if name in values}
-        values |= {name: False for name in ("use_sliding_window",) if name in values}
+        values |= {"layer_types": [FULL] * config.num_hidden_layers} if values.get("layer_types") else {}
+        values |= {"use_sliding_window": False} if "use_sliding_window" in values else {}
+        if family_of(config).windowed == "all":
+            values["sliding_window"] = None
     if "attn_pdrop" in values:
         values["attn_pdrop"] = 0.0  # the mechanisms have no dropout between softmax and values
     model = MODELS[config.model_type.removeprefix(PREFIX)]

@@ -17,7 +17,7 @@ from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 
 from mka.limits import InputError
 from mka.models.cache import StateLayer
-from mka.models.families import family_of
+from mka.models.families import FAMILIES, FULL, PREFIX, SLIDING, family_of
 from mka.ops.packing import documents_of
 
 OLDEST, NEWEST = (5, 20), (5, 24)
@@ -289,8 +289,12 @@ def check_decoding(model_class: Any, kind: str, options: dict[str, Any]) -> None
 
 def difference(model_class: Any, kind: str, options: dict[str, Any]) -> float:
     """The largest difference of a logit between two calls and one, in units of the larger of 1 and the largest."""
+    kind_of = model_class.config_class
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "head_dim": 4, "vocab_size": 11}
-    config = model_class.config_class(**sizes, num_hidden_layers=2, attention_type=kind, attention_options=options)
+    sizes |= {"num_hidden_layers": 2, "num_key_value_heads": 2}
+    if FAMILIES[kind_of.model_type.removeprefix(PREFIX)].windowed == "by layer":
+        sizes |= {"layer_types": [SLIDING, FULL], "sliding_window": 3, "use_sliding_window": True}
+    config = kind_of(**sizes, attention_type=kind, attention_options=options)
     model, generator = model_class(config).eval(), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
