@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from torch import Tensor
 
 import checks
 from checks_versions import hand_on, stale, under, without
+from mka.attention import grouped
 from mka.memory.router import Router
-from mka.models import versions
+from mka.models import families, layers, versions
 from mka.models.cache import StateLayer
-from models import test_cache, test_convert, test_generation, test_versions
+from models import test_cache, test_convert, test_generation, test_mixed_layers, test_versions
 
 conversion = importlib.import_module("mka.models.convert")  # the package's name for it is the function
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -36,7 +38,69 @@ def keys_and_values_exchanged(patch: pytest.MonkeyPatch) -> None:
 def another_rotary_base(patch: pytest.MonkeyPatch) -> None:
     from mka.ops.rotary import RotaryEmbedding
 
-    patch.setattr("mka.models.modeling.rotary_of", lambda config, head_dim: RotaryEmbedding(head_dim, 500.0))
+    patch.setattr("mka.models.layers.rotary_of", lambda config, head_dim, layer: RotaryEmbedding(head_dim, 500.0))
+
+
+def one_rotary_base_for_all_layers(patch: pytest.MonkeyPatch) -> None:
+    last: Any = layers.rotary_of
+    patch.setattr(layers, "rotary_of", lambda config, head_dim, _: last(config, head_dim, config.num_hidden_layers - 1))
+
+
+def scale_of_the_head_size(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layers, "query_factor", lambda config: 1.0)
+
+
+def scale_applied_twice(patch: pytest.MonkeyPatch) -> None:
+    real: Any = layers.query_factor
+    patch.setattr(layers, "query_factor", lambda config: real(config) ** 2)
+
+
+def norm_that_multiplies_by_the_weight_alone(patch: pytest.MonkeyPatch) -> None:
+    gemma = families.FAMILIES["gemma3_text"]
+    plain = replace(gemma, head_norm=families.FAMILIES["qwen3"].head_norm)
+    patch.setitem(families.FAMILIES, "gemma3_text", plain)
+
+
+def sliding_layers_with_sinks(patch: pytest.MonkeyPatch) -> None:
+    real = layers.build_attention
+
+    def build(kind: str, **options: Any) -> Any:
+        return real(kind, **options | ({"sink_tokens": 4} if options.get("sink_tokens") == 0 else {}))
+
+    patch.setattr(layers, "build_attention", build)
+
+
+def sliding_layers_with_a_window_that_is_one_longer(patch: pytest.MonkeyPatch) -> None:
+    real = layers.build_attention
+
+    def build(kind: str, **options: Any) -> Any:
+        return real(kind, **options | ({"local_window": 8} if options.get("local_window") == 7 else {}))
+
+    patch.setattr(layers, "build_attention", build)
+
+
+def sink_logits_left_out(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(grouped, "with_empty", lambda read, logits: read)
+
+
+def sink_logits_that_the_other_reads_do_not_meet(patch: pytest.MonkeyPatch) -> None:
+    """The window is read with its empty key, and the softmax over all reads knows nothing of it."""
+    real = grouped.with_empty
+    patch.setattr(grouped, "with_empty", lambda read, logits: real(read, logits)._replace(lse=read.lse))
+
+
+def sink_logits_that_stay_at_zero(patch: pytest.MonkeyPatch) -> None:
+    real = layers.GroupedAttention.learn_sink_logits
+
+    def learn(attention: Any) -> None:
+        real(attention)
+        attention.sink_logits.copy_ = lambda _: None
+
+    patch.setattr(layers.GroupedAttention, "learn_sink_logits", learn)
+
+
+def kinds_of_layers_that_every_family_has(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(families, "layer_types", lambda config, family: getattr(config, "layer_types", ()))
 
 
 def crop_that_counts_padding(patch: pytest.MonkeyPatch) -> None:
@@ -118,7 +182,25 @@ def padded_rows_are_rows_alone() -> None:
         checks.close(logits[row, kept], model(ids[row : row + 1, kept], use_cache=False).logits[0])
 
 
+def nothing_is_left_out(kind: str, family: str) -> Callable[[], None]:
+    options = {"gqa": {}, "mka": {"local_window": 9} | test_mixed_layers.EVERYTHING}[kind]
+    return lambda: test_mixed_layers.test_it_is_the_pretrained_model_where_nothing_is_left_out(kind, options, family)
+
+
 DEFECTS: list[tuple[Plant, Callable[[], None]]] = [
+    (one_rotary_base_for_all_layers, nothing_is_left_out("gqa", "gemma3")),
+    (scale_of_the_head_size, nothing_is_left_out("gqa", "gemma3")),
+    (scale_applied_twice, nothing_is_left_out("mka", "gemma3")),
+    (norm_that_multiplies_by_the_weight_alone, nothing_is_left_out("gqa", "gemma3")),
+    (sliding_layers_with_sinks, nothing_is_left_out("gqa", "qwen3")),
+    (sliding_layers_with_a_window_that_is_one_longer, nothing_is_left_out("gqa", "gemma3")),
+    (sink_logits_left_out, nothing_is_left_out("gqa", "gpt_oss")),
+    (sink_logits_that_the_other_reads_do_not_meet, nothing_is_left_out("mka", "gpt_oss")),
+    (sink_logits_that_stay_at_zero, nothing_is_left_out("gqa", "gpt_oss")),
+    (
+        kinds_of_layers_that_every_family_has,
+        test_mixed_layers.test_what_layers_are_is_what_the_family_makes_of_its_configuration,
+    ),
     (gate_that_starts_open, lambda: test_convert.test_within_the_window_a_memory_changes_nothing("llama", "fmka")),
     (keys_and_values_exchanged, lambda: test_convert.test_gqa_with_the_models_own_groups_changes_nothing("gpt2")),
     (another_rotary_base, lambda: test_convert.test_gqa_with_the_models_own_groups_changes_nothing("qwen2")),
