@@ -67,7 +67,8 @@ def account(before: Any, after: Any) -> list[str]:
     kept, total = (sum(p.numel() for p in model.parameters()) for model in (before, after))
     layers = mechanisms(after)
     remembering = [layer for layer in layers if layer.retrieves]
-    first = (remembering or layers)[0]
+    sliding = sliding_layers(after.config)
+    first = next(layer for number, layer in enumerate(layers) if number not in sliding)
     lines = [
         f"kept: {kept:,} parameters; added: {total - kept:,}",
         f"{len(layers)} layers, {len(remembering)} of them with a memory; window {first.local_window or 'none'}, "

@@ -128,7 +128,7 @@ class Conversation:
         line = f"{tokens:,} tokens seen, {size / 2**20:.2f} MiB in {len(held)} layers ({size / tokens:,.0f} B/token)"
         if self.choice.longterm_store != "device":
             line += f", the long-term memory of it on {self.choice.longterm_store}"
-        return f"{line}; bank: {held[0].banked:,} chunks" if self.bank else line
+        return f"{line}; bank: {max(state.banked for state in held):,} chunks" if self.bank else line
 
 
 def generate(config: GenerateConfig, say: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ from mka.config import LongTermConfig
 from mka.data.files import read_named_file
 from mka.limits import InputError
 from mka.loading import load
-from mka.memory.bank import Bank, Document, identity, several
+from mka.memory.bank import Bank, Document, identity, kept_stores, several
 from mka.models import fingerprint, memory_cache, read_in_pieces, states
 
 Say = Callable[[str], None]
@@ -78,7 +78,8 @@ def read(config: MemoryAddConfig, bank: Bank, name: str, text: str, model: Any, 
     cache = memory_cache(model, LongTermConfig(longterm_store="disk", longterm_folder=str(bank.folder)))
     read_in_pieces(model, ids, cache, config.piece)
     document = bank.add(name, text, ids.shape[1], states(cache))
-    rest = ids.shape[1] - document.chunks * states(cache)[0].tokens_a_chunk
+    size = next(state.tokens_a_chunk for state in states(cache) if kept_stores(state))
+    rest = ids.shape[1] - document.chunks * size
     say(f"{line(document)}{f'; its last {rest} tokens fill no chunk' if rest else ''}")
     return document
 
