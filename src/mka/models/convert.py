@@ -24,10 +24,11 @@ def convert(model: Any, attention_type: str, *, memory_layers: MemoryLayers = "a
     """A new model with `model`'s weights and a mechanism in every block; `model` itself stays as it is.
 
     model: GPT-2, Llama, Mistral, Qwen2, Qwen3, Gemma-3 (text) or gpt-oss for causal language modelling, converted
-    already or not. Where a model mixes full and sliding layers, as Gemma-3 does, the full ones get the mechanism and
-    the sliding ones compute what they did. Projections q, k, v, o are kept. With gqa and the model's own number of
-    groups nothing changes; with fewer groups the heads of a group are averaged (arXiv 2305.13245, section 2.1), with
-    more they are repeated.
+    already or not. Where a model mixes full and sliding layers, as Gemma-3, gpt-oss, Qwen2 and Qwen3 do by layer_types,
+    the full ones get the mechanism and the sliding ones compute what they did, windowed and without sinks. Projections
+    q, k, v, o are kept, and so are the norms of heads, scale, rotary embeddings and sink logits of a family. With gqa
+    and the model's own number of groups nothing changes; with fewer groups the heads of a group are averaged (arXiv
+    2305.13245, section 2.1), with more they are repeated.
 
     mka reads window, sinks and retrieved chunks by one softmax (mix="joint"): within `local_window` it is the model's
     own attention exactly, and beyond it near that without any training; `max_distance` is the model's
@@ -39,9 +40,11 @@ def convert(model: Any, attention_type: str, *, memory_layers: MemoryLayers = "a
     `model` but those of a router and memories arrive, and all of the new model but those of its router and memories
     come from it.
 
-    Raises ValueError for a family that is not supported, for mla (pretrained keys and values have no latent vector to
-    start from), for groups that do not fit, and for a model that computes something else than its weights say:
-    adapters, pruning, quantization, offloaded weights, hooks.
+    Raises ValueError for a family that is not supported, for what no mechanism computes (a soft cap on scores,
+    attention to the future, layers neither full nor sliding, rotary embeddings that change with the length of the row
+    or turn a part of a head), for a model whose kinds of layers turn differently and are all sliding, for mla
+    (pretrained keys and values have no latent vector to start from), for groups that do not fit, and for a model that
+    computes something else than its weights say: adapters, pruning, quantization, offloaded weights, hooks.
     """
     model = unwrapped(model)
     if not hasattr(model, "config"):
