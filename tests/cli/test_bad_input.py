@@ -24,7 +24,6 @@ SETTINGS = {
     "--dataset stdlib": "text_path is '.*' but dataset is 'stdlib'; give --dataset text",
     "--num_groups 3": "num_groups is 3; it must divide the 8 heads: 1, 2, 4, 8",
     "--num_groups 0": "num_groups is 0; it must divide the 8 heads: 1, 2, 4, 8",
-    "--num_groups -4": "num_groups is -4",
     "--preset twelve --num_groups 8": "num_groups is 8; it must divide the 12 heads: 1, 2, 3, 4, 6, 12",
     "--preset odd": "num_heads is 12; it must divide hidden_size 32: 1, 2, 4, 8, 16, 32",
     "--local_window 0": "local_window is 0; it must be at least 1",
