@@ -99,7 +99,7 @@ class AdaptConfig:
     """Rows of an optimiser step, read one after the other."""
     max_steps: int = 100
     """Optimiser steps."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """Of weights, after a warm-up; biases, gates and decays of the memories have ten times as much."""
     seed: int = 0
     """Of the order of rows, and of LoRA's first factors."""

@@ -130,7 +130,7 @@ def test_interrupted_it_goes_on_to_the_same_weights(
     assert not (tmp_path / "parts").exists()
     status, _, err = run(capsys, place, *command, tmp_path / "parts", "--learning_rate", 1e-2)
     assert status == 2
-    assert "is of another run: learning_rate is 0.001 there, 0.01 here" in err
+    assert "is of another run: learning_rate is 0.0005 there, 0.01 here" in err
     status, out, _ = run(capsys, place, *command, tmp_path / "parts")
     assert status == 0
     assert "Going on after step 3 of 4" in out
