@@ -1,5 +1,6 @@
 """Saved models by folder or name, with their tokenizers."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def is_here(name: str) -> bool:
 
 
 def load_from(source: Any, name: str, here: bool) -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or an installed deepspeed warns that it had to guess
     logging.set_verbosity_error()  # its report on the weights is in the loading info
     logging.disable_progress_bar()
     is_model = source is AutoModelForCausalLM

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,21 @@ def test_the_baselines_are_of_the_layer_with_a_memory(
         {"num_kv_heads": 2, "sink_tokens": 3, "local_window": 9},
         {"num_kv_heads": 2, "sink_tokens": 0, "local_window": None},
     ]
+
+
+def test_a_folder_may_be_called_as_a_tokenizer_is(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place / "mka", tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, place, "--model", "gpt2", "--output", "new", "--max_steps", 1)[0] == 0
+    small = AutoModelForCausalLM.from_pretrained("gpt2")
+    small.resize_token_embeddings(99)
+    small.save_pretrained("small")
+    AutoTokenizer.from_pretrained(place / "mka").save_pretrained("small")
+    status, _, err = run(capsys, place, "--model", "small", "--output", "newer")
+    assert status == 2
+    assert re.search(r"model is 'small'; its tokenizer has \d+ tokens and it knows 99", err)
 
 
 def test_a_text_in_which_no_range_is_used_is_said(

@@ -46,7 +46,14 @@ def adapt_model(config: AdaptConfig, console: Console) -> None:
     work = output.with_name(f"{output.name}.{CHECKPOINTS}")
     model, tokenizer = load(config.model)
     memory = memory_of(model, config)
-    corpus = prepare_tokens(load_corpus("text", config.text_path), config.model, 0)
+    here = Path(config.model).resolve()  # a folder may be called as a tokenizer is, "gpt2"
+    spec = str(here) if here.is_dir() else config.model
+    corpus = prepare_tokens(load_corpus("text", config.text_path), spec, 0)
+    if corpus.tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"model is {config.model!r}; its tokenizer has {corpus.tokenizer.vocab_size:,} tokens and it knows "
+            f"{model.config.vocab_size:,}"
+        )
     task = Task(config, model, corpus, memory, start_ranks())
     with claimed(work):
         trained = task.run(Checkpoints(work, task.identity), console)
@@ -154,8 +161,6 @@ class Task:
         """PEFT's model around this one, whose projections become LoRA's in place (arXiv 2106.09685)."""
         import peft
 
-        if self.model.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or an installed deepspeed warns that it had to guess
         torch.manual_seed(self.config.seed)  # LoRA's first factors are drawn
         lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[*PROJECTIONS])
         with warnings.catch_warnings():
