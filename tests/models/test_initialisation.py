@@ -49,7 +49,7 @@ def test_the_router_starts_from_its_bias_alone(kind: str) -> None:
     assert len(routers) == SIZES["num_hidden_layers"]
     for router in routers:
         assert (router.output.weight == 0).all()
-        start = [0, -3, -3] * SIZES["num_attention_heads"] if kind == "mka" else [3, 0, 0]
+        start = [0, 0, 0] * SIZES["num_attention_heads"] if kind == "mka" else [3, 0, 0]
         assert router.output.bias.tolist() == start
         assert router.hidden.weight.std() > 0
         assert router.gate == 1

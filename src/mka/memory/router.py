@@ -10,8 +10,8 @@ LOCAL, SESSION, LONG_TERM = range(3)
 NUM_LEVELS = 3
 START_WEIGHTS = (3.0, 0.0, 0.0)
 """Logits of the levels' weights at the start; where all levels exist, they are 0.91, 0.045 and 0.045."""
-START_BIASES = (0.0, -3.0, -3.0)
-"""The same of the levels' biases, which are added to scores: a memory is read where it matches 20 times better."""
+START_BIASES = (0.0, 0.0, 0.0)
+"""The same of the levels' biases, which are added to scores: one softmax finds by itself what matches."""
 
 
 class WideLinear(nn.Linear):
@@ -44,12 +44,10 @@ class Router(nn.Module):
         self.reset_output()
 
     def learn_gate(self) -> None:
-        """Make the gate a parameter that starts at 0, and biases 0: a pretrained model's heads know what matches."""
+        """Make the gate a parameter that starts at 0."""
         gate = torch.zeros_like(self.gate)
         del self.gate
         self.gate = nn.Parameter(gate)
-        if self.num_heads is not None:
-            self.start = (0.0,) * NUM_LEVELS
 
     def reset_output(self) -> None:
         with torch.no_grad():
