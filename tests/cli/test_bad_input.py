@@ -301,7 +301,10 @@ def test_a_full_disk_at_the_start(place: Place, monkeypatch: pytest.MonkeyPatch)
         ("", "Expected one of {bench, report, convert, adapt, verify, generate, chat, memory, eval, audit}"),
         ("bnch", "Unrecognized options: bnch"),
         ("bench stray", "Unrecognized options: stray"),
-        ("--preset quick", "--preset .*; a command comes first: bench, report, convert, adapt, verify, .*, eval or audit"),
+        (
+            "--preset quick",
+            "--preset .*; a command comes first: bench, report, convert, adapt, verify, .*, eval or audit",
+        ),
         ("bench --learning_rat 3", "nearest: --learning_rate"),
         ("bench --attention_type mak", "nearest: 'mka'"),
         ("report", "no folder is given; give one or more folders of `mka bench` runs"),

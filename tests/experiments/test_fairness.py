@@ -33,6 +33,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     """Filled with one entry a model, in the order in which they ran."""
     models: list[Seen] = []
     loss, step, score = engine.next_token_loss, engine.TorchEngine.step, benchmark.held_out_loss
+    make = engine.TorchEngine.__init__
 
     def of(model: nn.Module) -> Seen:
         if not models or models[-1].model is not model:
@@ -42,6 +43,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     def training_loss(model: nn.Module, blocks: Tensor, **options: Any) -> Tensor:
         of(model).steps[-1].append(blocks.clone())
         return loss(model, blocks, **options)
+
+    def made(trainer: engine.TorchEngine, *args: Any) -> None:
+        make(trainer, *args)
+        assert trainer.objective is loss
+        trainer.objective = training_loss
 
     def optimiser_step(trainer: engine.TorchEngine, learning_rate: float) -> bool:
         of(trainer.model).steps.append([])
@@ -56,7 +62,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
         of(model).looks[-1].append((blocks.clone(), losses.double().sum().item()))
         return losses
 
-    monkeypatch.setattr(engine, "next_token_loss", training_loss)
+    monkeypatch.setattr(engine.TorchEngine, "__init__", made)
     monkeypatch.setattr(engine.TorchEngine, "step", optimiser_step)
     monkeypatch.setattr(benchmark, "held_out_loss", look)
     monkeypatch.setattr(perplexity, "next_token_loss", scored_loss)
