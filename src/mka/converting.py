@@ -11,11 +11,10 @@ from transformers.utils import logging
 
 from mka.data.hub import first_line
 from mka.limits import InputError
-from mka.loading import load
+from mka.loading import load, new_folder, save
 from mka.model_commands import ConvertConfig
 from mka.models import convert, mechanisms
 from mka.models.families import head_dim_of, kv_heads_of, sliding_layers, window_of
-from mka.storage import write_folder
 
 Say = Callable[[str], None]
 LENGTHS = (1024, 8192, 32768)
@@ -24,22 +23,12 @@ LENGTHS = (1024, 8192, 32768)
 
 def convert_model(config: ConvertConfig, say: Say) -> None:
     """Write the converted model, and say what was kept, what was added and what its cache costs. Raises InputError."""
-    output = Path(config.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"output is {config.output!r}; it is there and not empty; give another folder")
+    output = new_folder(config.output)
     model, tokenizer = read_gguf(config) if config.model.endswith(".gguf") else load(config.model)
     if config.dtype is not None:
         model = model.to(getattr(torch, config.dtype))
     converted = convert(model, config.attention_type, **config.options)
-
-    def fill(folder: Path) -> dict[str, Any]:
-        converted.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return {}
-
-    if output.is_dir():
-        output.rmdir()
-    write_folder(output, fill)
+    save(converted, tokenizer, output)
     for line in account(model, converted):
         say(line)
     say(f"written: {config.output}")

@@ -1,4 +1,4 @@
-"""Saved models by folder or name, with their tokenizers."""
+"""Saved models by folder or name, with their tokenizers; and new folders of models."""
 
 import os
 import sys
@@ -19,12 +19,32 @@ from mka.models.weights import (  # mka.models registers our models with the Aut
     check_precision,
     stop_at_nonfinite_logits,
 )
+from mka.storage import write_folder
 
 
 def load(name: str) -> tuple[Any, Any]:
     """Model and tokenizer. Raises InputError for what is no saved model and for a name that cannot be reached."""
     here = is_here(name)
     return load_from(AutoModelForCausalLM, name, here), load_from(AutoTokenizer, name, here)
+
+
+def new_folder(name: str) -> Path:
+    """The whole path of a folder to write a model to. Raises InputError where something is there already."""
+    folder = Path(name).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output is {name!r}; it is there and not empty; give another folder")
+    return folder
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write both, with checksums; whatever goes wrong, nothing is there under the folder's name."""
+
+    def fill(building: Path) -> dict[str, Any]:
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
+        return {}
+
+    write_folder(folder, fill)
 
 
 def load_model(name: str) -> Any:

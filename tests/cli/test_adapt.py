@@ -146,8 +146,8 @@ def test_the_text_itself_can_be_what_is_learned(
     command = ("--model", place / "mka", "--output", tmp_path / "new", "--objective", "text", "--lora_r", 4)
     status, out, _ = run(capsys, place, *command, "--max_steps", 12, "--learning_rate", 3e-3, "--batch_size", 2)
     assert status == 0
-    before, after = (float(re.search(rf"{word} +(\d\.\d+)", out)[1]) for word in ("before", "after"))  # type: ignore[index]
-    assert after < before
+    [before], [after] = (re.findall(rf"{word} +(\d\.\d+)", out) for word in ("before", "after"))
+    assert float(after) < float(before)
 
 
 def test_the_baselines_are_of_the_layer_with_a_memory(

@@ -17,11 +17,10 @@ from mka.distributed import Ranks, start_ranks
 from mka.experiments.progress import show_progress
 from mka.folders import claimed
 from mka.limits import InputError
-from mka.loading import load
+from mka.loading import load, new_folder, save
 from mka.model_commands import AdaptConfig
 from mka.models import convert, fingerprint, mechanisms, next_token_loss
 from mka.models.weights import PRETRAINED
-from mka.storage import replace_folder
 from mka.training import Checkpoints, Teacher, TrainingPlan, choose_precision, train
 
 HELD_OUT_ROWS = 4
@@ -38,9 +37,7 @@ def adapt_model(config: AdaptConfig, console: Console) -> None:
         raise InputError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; mka adapt runs in one process: start it without torchrun"
         )
-    output = Path(config.output).resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"output is {config.output!r}; it is there and not empty; give another folder")
+    output = new_folder(config.output)
     if config.lora_r is not None and importlib.util.find_spec("peft") is None:
         raise InputError(f"lora_r is {config.lora_r}; LoRA needs the package peft: pip install peft")
     work = output.with_name(f"{output.name}.{CHECKPOINTS}")
@@ -56,16 +53,7 @@ def adapt_model(config: AdaptConfig, console: Console) -> None:
         )
     task = Task(config, model, corpus, memory, start_ranks())
     with claimed(work):
-        trained = task.run(Checkpoints(work, task.identity), console)
-
-        def fill(folder: Path) -> dict[str, Any]:
-            trained.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            return {}
-
-        if output.is_dir():
-            output.rmdir()
-        replace_folder(output, fill)
+        save(task.run(Checkpoints(work, task.identity), console), tokenizer, output)
     Checkpoints(work, {}).clear()
     console.print(f"written: {config.output}")
 

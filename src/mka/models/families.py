@@ -18,7 +18,7 @@ from mka.ops.rotary import RotaryEmbedding
 
 @dataclass(frozen=True)
 class Family:
-    """A family of transformers' models.
+    """A family of transformers' models, as Llama is where nothing else is said.
 
     blocks: the list of decoder blocks of a causal model; attention_name: the attribute of a block that is replaced;
     bias: which projections have one, from the configuration; rotary: whether positions are rotary; head_norm: what
@@ -27,48 +27,23 @@ class Family:
     transformers' model does, whatever else its configuration may hold: none, all, or as config.layer_types says.
     """
 
-    blocks: Callable[[Any], nn.ModuleList]
-    attention_name: str
-    bias: Callable[[Any], Bias]
-    rotary: bool
+    blocks: Callable[[Any], nn.ModuleList] = lambda model: model.model.layers
+    attention_name: str = "self_attn"
+    bias: Callable[[Any], Bias] = lambda config: bool(config.attention_bias)
+    rotary: bool = True
     head_norm: Callable[..., nn.Module] | None = None
     sink_logits: bool = False
     windowed: Literal["none", "all", "by layer"] = "none"
 
 
-def llama_blocks(model: Any) -> nn.ModuleList:
-    return model.model.layers
-
-
 FAMILIES = {
     "gpt2": Family(lambda model: model.transformer.h, "attn", lambda config: True, rotary=False),
-    "llama": Family(llama_blocks, "self_attn", lambda config: bool(config.attention_bias), rotary=True),
-    "mistral": Family(llama_blocks, "self_attn", lambda config: False, rotary=True, windowed="all"),
-    "qwen2": Family(llama_blocks, "self_attn", lambda config: "qkv", rotary=True, windowed="by layer"),
-    "qwen3": Family(
-        llama_blocks,
-        "self_attn",
-        lambda config: bool(config.attention_bias),
-        rotary=True,
-        head_norm=lambda size, eps: nn.RMSNorm(size, eps=eps),
-        windowed="by layer",
-    ),
-    "gemma3_text": Family(
-        llama_blocks,
-        "self_attn",
-        lambda config: bool(config.attention_bias),
-        rotary=True,
-        head_norm=Gemma3RMSNorm,
-        windowed="by layer",
-    ),
-    "gpt_oss": Family(
-        llama_blocks,
-        "self_attn",
-        lambda config: bool(config.attention_bias),
-        rotary=True,
-        sink_logits=True,
-        windowed="by layer",
-    ),
+    "llama": Family(),
+    "mistral": Family(bias=lambda config: False, windowed="all"),
+    "qwen2": Family(bias=lambda config: "qkv", windowed="by layer"),
+    "qwen3": Family(head_norm=lambda size, eps: nn.RMSNorm(size, eps=eps), windowed="by layer"),
+    "gemma3_text": Family(head_norm=Gemma3RMSNorm, windowed="by layer"),
+    "gpt_oss": Family(sink_logits=True, windowed="by layer"),
 }
 """By transformers' model_type. SmolLM and SmolLM2 are of the type llama."""
 PREFIX = "mka_"
