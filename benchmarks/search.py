@@ -184,7 +184,7 @@ def answers(model: Any, ids: Tensor, key: str, tokenizer: Any, name: str) -> boo
         call.raw, call.rotated = raw, rotated
         return real(attn, raw, rotated, *rest)
 
-    def search(_near: AsRead, _far: Any, _is_near: Any, limits: Limits, _asked: Any = None) -> Retrieved:
+    def search(_near: AsRead, _far: Any, _nearness: Any, limits: Limits, _asked: Any = None) -> Retrieved:
         return SEARCHES[name](call, limits)
 
     with (
@@ -205,7 +205,7 @@ def measure(model: Any, ids: Tensor, name: str, options: Options) -> tuple[float
         call.raw, call.rotated = raw, rotated
         return real(attn, raw, rotated, *rest)
 
-    def search(_near: AsRead, _far: Any, _is_near: Any, limits: Limits, _asked: Any = None) -> Retrieved:
+    def search(_near: AsRead, _far: Any, _nearness: Any, limits: Limits, _asked: Any = None) -> Retrieved:
         retrieved, mass = SEARCHES[name](call, limits), attention_mass(call, limits)
         best = by_mass(mass, limits)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mka.memory.search import AsRead, Limits, Retrieved
+from mka.memory.search import AsRead, Limits, Near, Retrieved
 
 
 def rule(t: int, chunk_size: int, window: int) -> list[int]:
@@ -21,13 +21,14 @@ def candidates_of(t: int, limits: Limits) -> list[int]:
 
 
 def brute_force_as_read(
-    near: AsRead, far: AsRead | None, is_near: Tensor | None, limits: Limits, at: Tensor | None = None
+    near: AsRead, far: AsRead | None, nearness: Near | None, limits: Limits, at: Tensor | None = None
 ) -> Retrieved:
     """`retrieve_as_read`, a query and a chunk at a time."""
     assert at is None
     (batch, tokens, heads, width), groups = near.queries.shape, near.keys.shape[2]
     chunk = torch.zeros(batch, tokens, groups, limits.top_k, dtype=torch.long)
     found = torch.zeros_like(chunk, dtype=torch.bool)
+    since, begins = nearness or (torch.zeros(1, 0), torch.zeros(1, 0))
     for b in range(batch):
         for t in range(tokens):
             allowed = candidates_of(t, limits)
@@ -36,7 +37,7 @@ def brute_force_as_read(
                 for h in range(g * heads // groups, (g + 1) * heads // groups):
                     scores = []
                     for j in allowed:
-                        close_by = is_near is None or bool(is_near.expand(batch, -1, -1)[b, t, j])
+                        close_by = nearness is None or bool(begins[b % len(begins), j] >= since[b % len(since), t])
                         pair = near if close_by or far is None else far
                         scores.append(pair.queries[b, t, h] @ pair.keys[b, j, g] / width**0.5)
                     mass += torch.stack(scores).softmax(0) if scores else 0

@@ -1,12 +1,14 @@
 """Retrieval against brute force, its candidates, its ties, and its indifference to tiles and to the future."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 import checks_memory
 from mka.memory import search
-from mka.memory.search import AsRead, Limits, Retrieved, retrieve, retrieve_as_read, top_by_place
+from mka.memory.search import AsRead, Limits, Near, Retrieved, retrieve, retrieve_as_read, top_by_place
 
 CASES = [
     # tokens, chunk size, window, top-k: windows of none, below, at and above a chunk; K above the number of chunks
@@ -173,13 +175,27 @@ def as_read(tokens: int, heads: int, groups: int, chunks: int, seed: int) -> AsR
     return AsRead(*(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes))
 
 
+def any_order(tokens: int, chunks: int) -> Near:
+    generator = torch.Generator().manual_seed(2)
+    return Near(*(torch.randint(0, 9, (2, n), generator=generator) for n in (tokens, chunks)))
+
+
+NEARNESS: dict[str, Callable[[int, int], Near | None]] = {
+    "all near": lambda tokens, chunks: None,
+    "none near": lambda tokens, chunks: Near(torch.ones(1, tokens), torch.zeros(1, chunks)),
+    "rising": lambda tokens, chunks: Near(torch.arange(tokens)[None] - 11, torch.arange(chunks)[None] * 3),
+    "one row far": lambda tokens, chunks: Near(torch.tensor([[0], [9]]).expand(-1, tokens), torch.ones(2, chunks)),
+    "any order": any_order,
+}
+
+
 def same(a: Retrieved, b: Retrieved) -> None:
     assert torch.equal(a.found, b.found)
     assert torch.equal(a.chunk, b.chunk)
 
 
 @every_read
-@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("far", list(NEARNESS))
 @pytest.mark.parametrize("scores", [None, 1, 100])
 def test_as_read_equals_brute_force(
     tokens: int,
@@ -190,14 +206,13 @@ def test_as_read_equals_brute_force(
     top_k: int,
     sinks: int,
     banked: int,
-    far: bool,
+    far: str,
     scores: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chunks, limits = banked + tokens // chunk_size, Limits(chunk_size, window, top_k, sinks, banked)
     near, other = (as_read(tokens, heads, groups, chunks, seed) for seed in (0, 1))
-    is_near = torch.rand(2, tokens, chunks, generator=torch.Generator().manual_seed(2)) < 0.5 if far else None
-    inputs_ = (near, other if far else None, is_near, limits)
+    inputs_ = (near, other if far != "all near" else None, NEARNESS[far](tokens, chunks), limits)
     if scores is not None:
         monkeypatch.setattr(search, "SCORES", scores)
     same(retrieve_as_read(*inputs_), checks_memory.brute_force_as_read(*inputs_))

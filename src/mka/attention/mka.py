@@ -47,7 +47,7 @@ from mka.memory.longterm import (
     write_chunk_means,
 )
 from mka.memory.router import LOCAL, LONG_TERM, SESSION
-from mka.memory.search import AsRead, retrieve, retrieve_as_read
+from mka.memory.search import AsRead, Near, retrieve, retrieve_as_read
 from mka.memory.session import attend_slots, slot_columns
 from mka.memory.state import State
 from mka.ops.attend import Read, both, mixed, shares_of, sum_of
@@ -209,25 +209,25 @@ class MemoryKeyedAttention(MemoryAttention):
         chunks = self.chunks(k, v, k if self.is_joint else raw[1], positions, state)
         if chunks is None:
             return []
-        is_near = self.near(positions, chunks)
-        q_far = q if is_near is None else self.rotate(raw[0], self.farthest(q))
+        near = self.near(positions, chunks)
+        q_far = q if near is None else self.rotate(raw[0], self.farthest(q))
         asked, limits = asked_at(v, state), self.limits(state)
         if self.is_joint:
-            far = None if is_near is None or chunks.far_means is None else AsRead(q_far, chunks.far_means)
-            retrieved = retrieve_as_read(AsRead(q, chunks.means), far, is_near, limits, asked)
+            far = None if near is None or chunks.far_means is None else AsRead(q_far, chunks.far_means)
+            retrieved = retrieve_as_read(AsRead(q, chunks.means), far, near, limits, asked)
         else:
             retrieved = retrieve(self.index_queries(raw[0]), chunks.means, limits, asked)
         self.watched(retrieved)
         read = partial(attend_held, chunk_size=self.chunk_size, sinks=self.hidden_sinks, lse=self.is_joint)
-        if is_near is None or chunks.places is None:
+        if near is None or chunks.places is None:
             return [read(q, chunks, retrieved)]
-        near, far = retrieved.split(is_near.expand(len(v), -1, -1))
+        close_by, beyond = retrieved.split(near)
         back = -chunks.places.expand(len(v), -1)
 
         def turn(k: Tensor, row: Tensor, chunk: Tensor) -> Tensor:
             return self.turned(k.unsqueeze(2), back[row, chunk].unsqueeze(1)).squeeze(2)
 
-        return [read(q, chunks, near, lse=True), read(q_far, chunks, far, turn=turn, lse=True)]
+        return [read(q, chunks, close_by, lse=True), read(q_far, chunks, beyond, turn=turn, lse=True)]
 
     def chunks(
         self, k: Tensor, v: Tensor, found_by: Tensor, positions: Tensor | None, state: State | None
@@ -278,20 +278,22 @@ class MemoryKeyedAttention(MemoryAttention):
         """x (B, N, G, D), rotated already, as it would be `by` (B or 1, N) positions on."""
         return x if self.rotary is None else self.rotary.turn(x, by)
 
-    def near(self, positions: Tensor | None, chunks: Chunks) -> Tensor | None:
-        """(B or 1, T, J) bool: the chunks that a token reads at their own distance; None: all of them."""
-        places, limit = chunks.places, self.max_distance
-        if places is None or positions is None or (limit is None and not chunks.banked):
+    def near(self, positions: Tensor | None, chunks: Chunks) -> Near | None:
+        """Which chunks tokens read at their own distance, none of a bank's among them; None: all of them."""
+        begins, limit = chunks.places, self.max_distance
+        if begins is None or positions is None or (limit is None and not chunks.banked):
             return None
         t = positions if positions.dim() == 2 else positions[None]
-        is_near = torch.arange(places.shape[1], device=places.device) >= chunks.banked
-        distance = t.unsqueeze(2) - places.unsqueeze(1)
-        is_near = is_near & (distance <= (distance if limit is None else limit))
+        nowhere = torch.iinfo(torch.int64).min
+        if chunks.banked:
+            column = torch.arange(begins.shape[1], device=begins.device)
+            begins = begins.masked_fill(column < chunks.banked, nowhere)
+        near = Near(torch.full_like(t, nowhere + 1) if limit is None else t - limit, begins)
         if torch.compiler.is_compiling() and not chunks.banked:
             check: Any = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
-            check(is_near.all(), f"a row is longer than max_distance, {limit}; a compiled model reads no further")
+            check(near.all(), f"a row is longer than max_distance, {limit}; a compiled model reads no further")
             return None
-        return None if bool(is_near.all()) else is_near
+        return None if bool(near.all()) else near
 
     def farthest(self, x: Tensor) -> Tensor:
         """(1,): the distance at which chunks begin that are further away than any may be."""

@@ -28,10 +28,29 @@ class Retrieved(NamedTuple):
     chunk: Tensor
     found: Tensor
 
-    def split(self, where: Tensor) -> "tuple[Retrieved, Retrieved]":
-        """Those that are marked in `where` (B, T, J) bool, and the others."""
-        marked = where.unsqueeze(2).expand(-1, -1, self.chunk.shape[2], -1).gather(3, self.chunk)
-        return Retrieved(self.chunk, self.found & marked), Retrieved(self.chunk, self.found & ~marked)
+    def split(self, near: "Near") -> "tuple[Retrieved, Retrieved]":
+        """Those that are near, and the others."""
+        begins = near.begins.expand(len(self.chunk), -1).gather(1, self.chunk.flatten(1)).view_as(self.chunk)
+        is_near = begins >= near.since[:, :, None, None]
+        return Retrieved(self.chunk, self.found & is_near), Retrieved(self.chunk, self.found & ~is_near)
+
+
+class Near(NamedTuple):
+    """Which chunks a query meets where they stand: those that begin at `since` or later.
+
+    since (B or 1, T), begins (B or 1, J).
+    """
+
+    since: Tensor
+    begins: Tensor
+
+    def all(self) -> Tensor:
+        """(): whether every query meets every chunk so."""
+        return (self.begins.amin(1) >= self.since.amax(1)).all()
+
+    def marked(self, tile: slice, reach: int) -> Tensor:
+        """(B or 1, t, J) bool, of a tile of queries and the first chunks."""
+        return self.begins[:, None, :reach] >= self.since[:, tile, None]
 
 
 class Limits(NamedTuple):
@@ -65,10 +84,10 @@ class Limits(NamedTuple):
         own = max(0, self.reach(context) - self.banked - self.hidden)
         return own + self.banked if self.top_k else 0
 
-    def hide(self, scores: Tensor, end: Tensor) -> None:
-        """Put -inf where scores (..., J) are of no candidate; end broadcasts to (...)."""
-        column = torch.arange(scores.shape[-1], device=scores.device)
-        scores.masked_fill_(column >= end.unsqueeze(-1), -torch.inf)
+    def hide(self, scores: Tensor, end: Tensor, sure: int = 0) -> None:
+        """Put -inf where scores (..., J) are of no candidate; end broadcasts to (...), and is nowhere below `sure`."""
+        column = torch.arange(sure, scores.shape[-1], device=scores.device)
+        scores[..., sure:].masked_fill_(column >= end.unsqueeze(-1), -torch.inf)
         scores[..., self.banked : self.banked + self.hidden] = -torch.inf
 
 
@@ -99,11 +118,11 @@ def retrieve(queries: Tensor, summaries: Tensor, limits: Limits, t: Tensor | Non
 
 @torch.no_grad()
 def retrieve_as_read(
-    near: AsRead, far: AsRead | None, is_near: Tensor | None, limits: Limits, t: Tensor | None = None
+    near: AsRead, far: AsRead | None, nearness: Near | None, limits: Limits, t: Tensor | None = None
 ) -> Retrieved:
     """The K candidates of which a group's heads would read most, by their mean keys.
 
-    near: as all chunks meet queries, or those for which is_near (B or 1, T, J) is True; far: as the others do.
+    near: as all chunks meet queries, or those that `nearness` says; far: as the others do.
     """
     q, (chunks, groups) = near.queries, near.keys.shape[1:3]
     batch, tokens, heads, width = q.shape
@@ -111,20 +130,28 @@ def retrieve_as_read(
     tiles = []
     with no_autocast(q):
         scale = 1 / math.sqrt(width)
-        queries, keys = by_group(near, groups, scale)
-        others = None if far is None or is_near is None else by_group(far, groups, scale)
+        pairs = [by_group(pair, groups, scale) for pair in (near, far) if pair is not None]
         for tile in steps(tokens, max(1, SCORES // max(1, batch * heads * chunks))):
             reach = chunks if t is not None else limits.reach(tile.stop)
-            score = products(queries[:, :, :, tile], keys[..., :reach])
-            if others is not None and is_near is not None:
-                other = products(others[0][:, :, :, tile], others[1][..., :reach])
-                score = torch.where(is_near[:, None, None, tile, :reach], score, other)
+            sure = min(reach, surely(end, tile, limits, t))
+            parts = [(queries[:, :, :, tile], keys[..., :reach]) for queries, keys in pairs]
+            is_near = nearness.marked(tile, reach) if nearness is not None and len(parts) > 1 else None
+            score = products(*parts[0]) if is_near is None else products_of_both(parts[0], parts[1], is_near)
             score = score.nan_to_num_()  # a huge finite query may overflow
-            limits.hide(score, end[:, None, None, tile])
+            limits.hide(score, end[:, None, None, tile], sure)
             mass = score.softmax(-1).nan_to_num_().sum(2)
-            limits.hide(mass, end[:, None, tile])
+            limits.hide(mass, end[:, None, tile], sure)
             tiles.append(kept(*top_by_place(mass, limits.top_k), limits.top_k))
     return taken(tiles)
+
+
+def surely(end: Tensor, tile: slice, limits: Limits, t: Tensor | None) -> int:
+    """So many chunks come before the end of all of a tile's queries, or fewer: `end` (B or 1, T) is theirs at t."""
+    if t is None:
+        return limits.reach(tile.start + 1)
+    if end.is_cuda or torch.compiler.is_compiling():  # asking a GPU would wait for it
+        return 0
+    return int(end[:, tile].min())
 
 
 def by_group(pair: AsRead, groups: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -136,6 +163,19 @@ def by_group(pair: AsRead, groups: int, scale: float) -> tuple[Tensor, Tensor]:
 def products(queries: Tensor, keys: Tensor) -> Tensor:
     """(B, G, R, t, J): the heads of a group are rows of one product, which reads its keys once."""
     return (queries.flatten(2, 3) @ keys).unflatten(2, queries.shape[2:4])
+
+
+def products_of_both(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], is_near: Tensor) -> Tensor:
+    """`products` of `near` where is_near (B or 1, t, J), and of `far` elsewhere.
+
+    What is near stands at the end of most rows: only columns from the first near one on are multiplied as near, only
+    those up to the last far one as far.
+    """
+    some, every = is_near.flatten(0, 1).any(0), is_near.flatten(0, 1).all(0)
+    first, last = int((some.cumsum(0) == 0).sum()), len(every) - int(every.flip(0).cumprod(0).sum())
+    score, own = products(far[0], far[1][..., :last]), products(near[0], near[1][..., first:])
+    mixed = torch.where(is_near[:, None, None, :, first:last], own[..., : last - first], score[..., first:])
+    return torch.cat([score[..., :first], mixed, own[..., last - first :]], dim=-1)
 
 
 def steps(tokens: int, step: int) -> Iterator[slice]:
