@@ -46,7 +46,7 @@ class Example:
     local_window: int | None = 64
     """Tokens of the window; None: the whole past."""
     longterm_positions: str = "clamped"
-    """Of mka: clamped, or none."""
+    """Of mka: clamped, true, or none."""
     surroundings: Literal["filler", "stdlib"] = "filler"
     """What stands around the key."""
     max_steps: int = 1500
