@@ -62,37 +62,41 @@ class Options:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     threads: int = 1
     turns: int = 3
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 def main(options: Options) -> None:
     keep_freed_memory()
     torch.set_num_threads(options.threads)
-    print(json.dumps(processor() | {"threads": options.threads, "dtype": options.dtype}), flush=True)
+    print(json.dumps(processor(options) | {"dtype": options.dtype}), flush=True)
     for task in options.tasks:
         for tokens in options.lengths or LENGTHS[task]:
             kinds = [kind for kind in options.kinds if kind != "mha" or tokens <= LONGEST_MHA]
             measure(task, tokens, kinds, options)
 
 
-def processor() -> dict[str, Any]:
+def processor(options: Options) -> dict[str, Any]:
     """Its name, and which of the features that decide a product's speed it has."""
+    if options.device == "cuda":
+        return {"processor": torch.cuda.get_device_name()}
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     values = {name.strip(): value.strip() for name, value in fields.items()}
     has = set(values.get("flags", "").split())
-    return {"processor": values.get("model name", "unknown"), "features": [name for name in FEATURES if name in has]}
+    features = [name for name in FEATURES if name in has]
+    return {"processor": values.get("model name", "unknown"), "features": features, "threads": options.threads}
 
 
 def measure(task: Task, tokens: int, kinds: list[str], options: Options) -> None:
     """Print a row for each mechanism."""
     torch.manual_seed(0)
     turns, dtype = options.turns, getattr(torch, options.dtype)
-    runs = {kind: RUNS[task](layer(kind, dtype, options.num_kv_heads), tokens) for kind in kinds}
+    runs = {kind: RUNS[task](layer(kind, dtype, options.num_kv_heads, options.device), tokens) for kind in kinds}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(turns + 1):
         for kind, run in runs.items():
-            taken = timed(run)
+            taken = timed(run, options.device)
             if turn:  # the first one warms up
                 seconds[kind].append(taken)
     for kind in kinds:
@@ -102,17 +106,20 @@ def measure(task: Task, tokens: int, kinds: list[str], options: Options) -> None
         print(json.dumps(row), flush=True)
 
 
-def layer(kind: str, dtype: torch.dtype, num_kv_heads: int) -> CausalAttention:
+def layer(kind: str, dtype: torch.dtype, num_kv_heads: int, device: str = "cpu") -> CausalAttention:
     name, options = KINDS[kind]
     if name != "mha":
         options = options | {"num_kv_heads": num_kv_heads}
     rotary = RotaryEmbedding(HIDDEN_SIZE // NUM_HEADS)
-    return build_attention(name, hidden_size=HIDDEN_SIZE, num_heads=NUM_HEADS, rotary=rotary, **options).to(dtype)
+    attn = build_attention(name, hidden_size=HIDDEN_SIZE, num_heads=NUM_HEADS, rotary=rotary, **options)
+    return attn.to(device, dtype)
 
 
-def timed(run: Callable[[], object]) -> float:
+def timed(run: Callable[[], object], device: str) -> float:
     started = time.perf_counter()
     run()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
@@ -138,8 +145,8 @@ def training_step(attn: CausalAttention, tokens: int) -> Callable[[], object]:
 
 def decoding(attn: CausalAttention, tokens: int) -> Callable[[], object]:
     """Tokens one by one after a context whose state holds random numbers."""
-    state: Any = fill(attn.initial_state(1), tokens)
     x = random(attn, DECODED)
+    state: Any = fill(attn.initial_state(1), tokens)
 
     @torch.no_grad()
     def run() -> None:
@@ -151,7 +158,8 @@ def decoding(attn: CausalAttention, tokens: int) -> Callable[[], object]:
 
 
 def random(attn: CausalAttention, tokens: int) -> Tensor:
-    return torch.randn(1, tokens, HIDDEN_SIZE, dtype=next(attn.parameters()).dtype)
+    like = next(attn.parameters())
+    return torch.randn(1, tokens, HIDDEN_SIZE, dtype=like.dtype, device=like.device)
 
 
 RUNS: dict[Task, Callable[[CausalAttention, int], Callable[[], object]]] = {

@@ -47,6 +47,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "mka joint, 8 chunks of 8": ("mka", {"chunk_size": 8, "top_k": 8}),
     "mka joint, 16 chunks of 16": ("mka", {"chunk_size": 16, "top_k": 16}),
     "mka joint, 32 chunks of 8": ("mka", {"chunk_size": 8, "top_k": 32}),
+    "mka joint, 64 chunks of 8": ("mka", {"chunk_size": 8, "top_k": 64}),
 }
 """Of the pretrained model, which is "full"; a window of --local_window. mka routed is opened as its router starts."""
 PIECE = 4096
@@ -80,13 +81,14 @@ class Options:
     """Passkeys for each depth."""
     store: Literal["device", "host", "disk"] = "device"
     threads: int = 2
+    device: Literal["cpu", "cuda"] = "cpu"
     output: str = "pretrained.jsonl"
 
 
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    pretrained, tokenizer = load(options.model)
+    pretrained, tokenizer = load(options.model, options.device)
     if options.write_texts is not None:
         return write_texts(Path(options.write_texts), options)
     done = lines(options.output)
@@ -103,13 +105,14 @@ def main(options: Options) -> None:
     summary(done, options)
 
 
-def load(model: str) -> tuple[Any, Any]:
+def load(model: str, device: str) -> tuple[Any, Any]:
     """The pretrained model in bfloat16, and its tokenizer."""
     path = Path(model)
     named: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     place = path.parent if named else path
     tokenizer = AutoTokenizer.from_pretrained(place, **named)
-    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, **named).eval(), tokenizer
+    found: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, **named)
+    return found.to(device).eval(), tokenizer
 
 
 class Arm:
@@ -122,7 +125,7 @@ class Arm:
     @property
     def model(self) -> Any:
         if self.made is None and self.name in self.options.adapted:
-            self.made = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.bfloat16).eval()
+            self.made, _ = load(self.name, self.options.device)
         if self.made is None:
             kind, more = ARMS[self.name]
             self.made = convert(self.pretrained, kind, local_window=self.options.local_window, **more).eval()
@@ -211,6 +214,7 @@ MARKUP = [
 @torch.no_grad()
 def losses(model: Any, ids: Tensor) -> Tensor:
     """(T - 1,) nats of each token after the first."""
+    ids = ids.to(model.device)
     found, hidden = [], model.get_decoder()(ids, use_cache=False).last_hidden_state
     for start in range(0, ids.shape[1] - 1, PIECE):
         logits = model.lm_head(hidden[0, start : start + PIECE]).float()
@@ -259,13 +263,14 @@ def passkey_measures(arm: Arm, tokenizer: Any, options: Options) -> Iterator[tup
 
             def measure(number: int = number, depth: float = depth) -> dict[str, Any]:
                 ids, key = passkey(tokenizer, options.tokens, number, depth)
+                ids = ids.to(options.device)
                 start = time.perf_counter()
                 with torch.no_grad():
                     cache = arm.cache()
                     logits, said = read_in_pieces(arm.model, ids, cache, PIECE), []
                     for _ in range(8):
                         said.append(int(logits.argmax()))
-                        more = torch.tensor([[said[-1]]])
+                        more = ids.new_tensor([[said[-1]]])
                         logits = arm.model(more, use_cache=True, **{CACHE_ARGUMENT: cache}).logits[:, -1]
                 answer = tokenizer.decode(said)
                 taken = round(time.perf_counter() - start, 1)
@@ -295,25 +300,41 @@ def speed_measures(arm: Arm, tokenizer: Any, options: Options) -> Iterator[tuple
     def measure() -> dict[str, Any]:
         ids = joined_row("code", tokenizer, options)
         _ = arm.model  # made before anything is measured
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if options.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        ids = ids.to(options.device)
+        before = peak(options.device)
         cache, start = arm.cache(), time.perf_counter()
         with torch.no_grad():
             read_in_pieces(arm.model, ids, cache, PIECE)
-            prefill = time.perf_counter() - start
+            prefill = now(options.device) - start
             steps = []
             for _ in range(16):
-                start = time.perf_counter()
+                start = now(options.device)
                 arm.model(ids[:, -1:], use_cache=True, **{CACHE_ARGUMENT: cache})
-                steps.append(time.perf_counter() - start)
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                steps.append(now(options.device) - start)
+        here = {"threads": options.threads} if options.device == "cpu" else {"device": torch.cuda.get_device_name()}
         return {
             "prefill_s": round(prefill, 2),
             "ms_a_token": round(1000 * float(np.median(steps)), 1),
-            "peak_mib": round((after - before) / 1024),
-            "threads": options.threads,
-        }
+            "peak_mib": round((peak(options.device) - before) / 2**20),
+        } | here
 
     yield {"task": "speed", "store": options.store}, measure
+
+
+def peak(device: str) -> int:
+    """Bytes that were in use at most."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def now(device: str) -> float:
+    """Seconds, when all that was asked for is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def measures(arm: Arm, tokenizer: Any, options: Options) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:

@@ -15,7 +15,9 @@ tokens, layers and documents; loss: nats per token over the last three quarters.
     bounds             as softmax, by the largest score that a key within a chunk's bounds could have (Quest)
     mean and bounds    as softmax, by the mean of both scores
     mean and range     as softmax, q . mean + |q| . (high - low) / 4 for each chunk's bounds: two vectors a chunk
+    mean and variance  as softmax, q . mean + (q^2 . variance) / 2, the log-mean-exp of scores to second order
     halves             as softmax, by the log-sum-exp of the scores of the means of a chunk's two halves
+    means, then keys   softmax proposes four times as many chunks; of these, by the log-sum-exp of all their scores
     oracle             by the true attention mass
 """
 
@@ -23,7 +25,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -37,7 +39,10 @@ from mka.models import convert
 from pretrained import Options as Texts
 from pretrained import documents, load, losses, passkey
 
-DESCRIBED = ("sum, unrotated", "sum", "softmax", "bounds", "mean and bounds", "mean and range", "halves", "oracle")
+DESCRIBED = (
+    *("sum, unrotated", "sum", "softmax", "bounds", "mean and bounds", "mean and range", "mean and variance"),
+    *("halves", "beside the window", "means, then keys", "oracle"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,7 @@ class Options:
     prompts: int = 0
     """Passkeys, at depths 0.3 and 0.6 each: in how many is every digit the likeliest, those before it given?"""
     threads: int = 2
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 class Call:
@@ -68,7 +74,7 @@ class Call:
 def by_scores(scores: Tensor, groups: int, limits: Limits) -> Retrieved:
     """scores (H, T, J) of one row: the sum over a group's heads of each head's softmax over the candidates."""
     scores = scores.clone()
-    end = limits.end(torch.arange(scores.shape[1]))
+    end = limits.end(torch.arange(scores.shape[1], device=scores.device))
     limits.hide(scores, end)
     mass = scores.softmax(-1).nan_to_num().unflatten(0, (groups, -1)).sum(1)
     return by_mass(mass, limits)
@@ -77,7 +83,7 @@ def by_scores(scores: Tensor, groups: int, limits: Limits) -> Retrieved:
 def by_mass(mass: Tensor, limits: Limits) -> Retrieved:
     """mass (G, T, J)."""
     mass = mass.clone()
-    limits.hide(mass, limits.end(torch.arange(mass.shape[1])))
+    limits.hide(mass, limits.end(torch.arange(mass.shape[1], device=mass.device)))
     return taken([kept(*top_by_place(mass[None], limits.top_k), limits.top_k)])
 
 
@@ -87,7 +93,7 @@ def attention_mass(call: Call, limits: Limits) -> Tensor:
     groups, chunks = k.shape[0], k.shape[1] // limits.chunk_size
     parts = []
     for group in range(groups):
-        total = torch.zeros(q.shape[1], chunks)
+        total = q.new_zeros(q.shape[1], chunks)
         for head in q.unflatten(0, (groups, -1))[group]:
             scores = head @ k[group].T / math.sqrt(q.shape[-1])
             weights = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
@@ -122,6 +128,52 @@ def mean_and_range(call: Call, limits: Limits) -> Tensor:
     return means(call, limits) + head_scores(q.abs(), (parts.amax(1) - parts.amin(1)) / 4)
 
 
+def mean_and_variance(call: Call, limits: Limits) -> Tensor:
+    q, k = call.rotated[0][0].float(), call.rotated[1][0].float()
+    chunks = k.shape[0] // limits.chunk_size
+    parts = k[: chunks * limits.chunk_size].unflatten(0, (chunks, -1))
+    spread = head_scores(q.square(), parts.var(1, unbiased=False)) / math.sqrt(q.shape[-1])
+    return means(call, limits) + spread / 2
+
+
+def beside_window(scores: Tensor, call: Call, limits: Limits) -> Retrieved:
+    """By scores (H, T, J) of chunks, -inf of no candidate: the share of each in one softmax with window and sinks."""
+    groups, candidates = call.rotated[1].shape[2], scores.clone()
+    limits.hide(candidates, limits.end(torch.arange(scores.shape[1], device=scores.device)))
+    total = torch.logaddexp(candidates.logsumexp(-1), window_sums(call, limits)).unsqueeze(-1)
+    return by_mass((candidates - total).exp().unflatten(0, (groups, -1)).sum(1), limits)
+
+
+def window_sums(call: Call, limits: Limits) -> Tensor:
+    """(H, T): the log-sum-exp of the scores of all tokens that are no candidates."""
+    q, k = call.rotated
+    t = torch.arange(q.shape[1], device=q.device)
+    seen = (t <= t[:, None]) & ((t >= limits.end(t)[:, None] * limits.chunk_size) | (t < limits.sinks))
+    return head_scores(q[0], k[0]).masked_fill(~seen, -torch.inf).logsumexp(-1)
+
+
+def key_sums(call: Call, limits: Limits, proposed: Retrieved) -> Tensor:
+    """(H, T, J): the log-sum-exp of the scores of each chunk's tokens less the sinks; -inf of what is not proposed."""
+    q, k = call.rotated
+    size, heads = limits.chunk_size, q.shape[2] // k.shape[2]
+    chunks = k.shape[1] // size
+    scores = head_scores(q[0], k[0, : chunks * size])
+    scores[..., : limits.sinks] = -torch.inf
+    sums = scores.unflatten(-1, (chunks, size)).logsumexp(-1)
+    chosen, found = (x[0].transpose(0, 1) for x in proposed)
+    there = torch.zeros(chosen.shape[0], chosen.shape[1], chunks + 1, dtype=torch.bool, device=q.device)
+    there.scatter_(2, chosen.masked_fill(~found, chunks), True)
+    return sums.masked_fill(~there[..., :chunks].repeat_interleave(heads, 0), -torch.inf)
+
+
+def by_keys(call: Call, limits: Limits, times: int, window: bool = True) -> Retrieved:
+    """Of `times` as many chunks as are taken, proposed by the means."""
+    groups = call.rotated[1].shape[2]
+    proposed = by_scores(means(call, limits), groups, limits._replace(top_k=times * limits.top_k))
+    sums = key_sums(call, limits, proposed)
+    return beside_window(sums, call, limits) if window else by_scores(sums, groups, limits)
+
+
 def halves(call: Call, limits: Limits) -> Tensor:
     half = chunk_means(call.rotated[1], limits.chunk_size // 2, limits.sinks)[0]
     scores = head_scores(call.rotated[0][0], half[: len(half) // 2 * 2])
@@ -145,6 +197,15 @@ SEARCHES: dict[str, Callable[[Call, Limits], Retrieved]] = {
         (bounds(call, limits) + means(call, limits)) / 2, call.rotated[1].shape[2], limits
     ),
     "mean and range": lambda call, limits: by_scores(mean_and_range(call, limits), call.rotated[1].shape[2], limits),
+    "mean and variance": lambda call, limits: by_scores(
+        mean_and_variance(call, limits), call.rotated[1].shape[2], limits
+    ),
+    "beside the window": lambda call, limits: beside_window(
+        means(call, limits) + math.log(limits.chunk_size), call, limits
+    ),
+    "keys alone": lambda call, limits: by_keys(call, limits, 4, window=False),
+    "means, then keys": lambda call, limits: by_keys(call, limits, 4),
+    "means, then keys of 2": lambda call, limits: by_keys(call, limits, 2),
     "halves": lambda call, limits: by_scores(halves(call, limits), call.rotated[1].shape[2], limits),
     "oracle": lambda call, limits: by_mass(attention_mass(call, limits), limits),
 }
@@ -152,7 +213,7 @@ SEARCHES: dict[str, Callable[[Call, Limits], Retrieved]] = {
 
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    pretrained, tokenizer = load(options.model)
+    pretrained, tokenizer = load(options.model, options.device)
     wanted = Texts(model=options.model, documents=options.documents)
     rows = list(documents("code", tokenizer, wanted, options.tokens))
     for budget in options.budgets:
@@ -177,7 +238,8 @@ def passkeys(model: Any, tokenizer: Any, name: str, options: Options) -> dict[st
 
 def answers(model: Any, ids: Tensor, key: str, tokenizer: Any, name: str) -> bool:
     """Whether a model with that search would say every digit of the key after the question ids (1, T)."""
-    digits = torch.tensor(tokenizer(key).input_ids)
+    digits = torch.tensor(tokenizer(key).input_ids, device=model.device)
+    ids = ids.to(model.device)
     call, real = Call(), MemoryKeyedAttention.read_long_term
 
     def noting(attn: Any, raw: Any, rotated: Any, *rest: Any) -> Any:

@@ -34,7 +34,7 @@ LENGTHS, TOKENS_A_STEP = (96, 128, 256, 512, 1024), 4096
 LOOKS = (128, 512, 2048)
 HELD_OUT = 2**32
 """Seeds from here on are not trained on."""
-MEMORIES: dict[str, Any] = {"chunk_size": 16, "top_k": 4}
+CHUNK_SIZE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,16 @@ class Example:
     """Tokens of the window; None: the whole past."""
     longterm_positions: str = "clamped"
     """Of mka: clamped, true, or none."""
+    mix: str = "joint"
+    """Of mka: joint or routed."""
+    top_k: int = 4
+    """Of mka and fmka: chunks of 16 that are retrieved."""
     surroundings: Literal["filler", "stdlib"] = "filler"
     """What stands around the key."""
     max_steps: int = 1500
     """Optimiser steps of 4,096 tokens."""
+    learning_rate: float = 3e-3
+    """The highest one, after warm-up."""
     seed: int = 0
     """Of the weights and the prompts."""
     output_dir: str = "runs/passkey"
@@ -85,9 +91,11 @@ def main(example: Example) -> None:
         initializer_range=HIDDEN_SIZE**-0.5,
     )
     kind = example.attention_type
-    options: dict[str, Any] = {"local_window": example.local_window} | (MEMORIES if "mka" in kind else {})
-    options |= {"longterm_positions": example.longterm_positions} if kind == "mka" else {}
+    options: dict[str, Any] = {"local_window": example.local_window}
+    options |= {"chunk_size": CHUNK_SIZE, "top_k": example.top_k} if "mka" in kind else {}
+    options |= {"longterm_positions": example.longterm_positions, "mix": example.mix} if kind == "mka" else {}
     model = build_model(config, kind, example.seed, **options)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
     def batch_at(step: int) -> RecallBatch:
@@ -113,7 +121,7 @@ def main(example: Example) -> None:
     name = f"{kind}{window}-seed{example.seed}"
     folder = Path(example.output_dir) / name
     with claimed(folder.parent, name):
-        train_on_answers(model, batch_at, example.max_steps, 3e-3, look)
+        train_on_answers(model, batch_at, example.max_steps, example.learning_rate, look)
         replace_folder(folder, save)
     print(f"Saved  {folder}; mka eval needle --model {folder}")
 

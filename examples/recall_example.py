@@ -67,6 +67,7 @@ def main(example: Example) -> None:
     if example.attention_type in ("mka", "fmka"):
         options |= {"chunk_size": CHUNK_SIZE, "top_k": example.top_k}
     model = build_model(config, example.attention_type, example.seed, **options)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
     def batch_at(step: int) -> RecallBatch:

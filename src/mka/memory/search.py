@@ -18,8 +18,8 @@ from mka.ops.precision import no_autocast, upcast
 
 QUERY_TILE, SUMMARY_TILE = 512, 4096
 """Queries and summaries scored at once: the scores take no more than that of each group, whatever T is."""
-SCORES = 2**20
-"""Scores of all heads that are normalised at once."""
+SCORES, SCORES_ON_GPU = 2**20, 2**26
+"""Scores of all heads that are normalised at once: what a processor's cache holds, what keeps a GPU busy."""
 
 
 class Retrieved(NamedTuple):
@@ -131,7 +131,8 @@ def retrieve_as_read(
     with no_autocast(q):
         scale = 1 / math.sqrt(width)
         pairs = [by_group(pair, groups, scale) for pair in (near, far) if pair is not None]
-        for tile in steps(tokens, max(1, SCORES // max(1, batch * heads * chunks))):
+        at_once = SCORES_ON_GPU if q.is_cuda else SCORES
+        for tile in steps(tokens, max(1, at_once // max(1, batch * heads * chunks))):
             reach = chunks if t is not None else limits.reach(tile.stop)
             sure = min(reach, surely(end, tile, limits, t))
             parts = [(queries[:, :, :, tile], keys[..., :reach]) for queries, keys in pairs]

@@ -7,11 +7,13 @@ The kernels' backward takes no gradient of lse, and needs none: with p = softmax
     ds = p (do v^T - delta)        delta = do . o - dlse
 
 and a channel more than there is, v' = [v, 0], do' = [do, dlse], o' = [o, -1], makes exactly that of the usual
-delta = do' . o'. On a CPU the kernel is torch's own, which stores no scores; elsewhere they are stored.
+delta = do' . o'. The kernels are torch's own, which store no scores: its flash kernel on a CPU, its memory-efficient
+one (FlashAttention's algorithm with any mask) on CUDA. Where there is none, as for float64 on CUDA, scores are stored.
 
 Shapes: q (B, H, T, D), k and v (B, G, S, D), G divides H, mask broadcasts to (B, H, T, S).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,10 +22,16 @@ from torch.nn.functional import pad
 
 from mka.ops.precision import wide, without_autocast
 
-FUSED = ("cpu",)
+FUSED = ("cpu", "cuda")
 """Kinds of device whose kernel returns the log-sum-exp."""
+ON_CUDA = (torch.float32, torch.bfloat16, torch.float16)
+"""What CUDA's kernel takes."""
 CHANNELS = 8
 """Channels are added in so many, the width that a vector unit likes."""
+UNMASKED, CAUSAL = 0, 1
+"""`custom_mask_type` of CUDA's kernel."""
+SUMS, BIASES = 32, 16
+"""CUDA's kernel wants the log-sum-exps of a head, and a query's mask, to begin at multiples of these."""
 
 
 @torch.library.custom_op("mka::attention_with_lse", mutates_args=())
@@ -33,10 +41,8 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
 
     mask: bool, None: causal, S = T. A query that sees nothing reads zeros, and its lse is -inf.
     """
-    if q.device.type in FUSED:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # it takes that as given
-        o, lse = kernel(q, k, v, 0.0, mask is None, attn_mask=additive(mask, q.dtype), scale=scale)
+    if is_fused(q):
+        o, lse = (forward_on_cuda if q.is_cuda else forward_on_cpu)(q, k, v, mask, scale)
         return o, lse if mask is None else lse.masked_fill(~mask.any(-1), -torch.inf)
     scores = all_scores(q, k, mask, scale)
     lse = scores.logsumexp(-1)
@@ -60,37 +66,110 @@ def attention_with_lse_backward(
     """The gradients of q, k and v."""
     width, groups = q.shape[-1], k.shape[1]
     lse = lse.masked_fill(lse == -torch.inf, 0)  # where nothing is seen, every weight is exp(-inf)
-    if q.device.type not in FUSED:
+    if not is_fused(q):
         grad, keys, values = grad.to(lse.dtype), by_heads(k, q), by_heads(v, q)
         p = (all_scores(q, k, mask, scale) - lse.unsqueeze(-1)).exp()
         delta = (grad * o).sum(-1) - (0 if grad_of_lse is None else grad_of_lse)
         slope = p * (grad @ values.mT - delta.unsqueeze(-1)) * scale
         dq, dk, dv = slope @ keys, slope.mT @ q.to(lse.dtype), p.mT @ grad
     else:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        if k.shape[1] != q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // groups, dim=1) for x in (k, v))
+        k, v = (shared(x, q) for x in (k, v))
         if grad_of_lse is not None:
             q, k, v = (pad(x, (0, CHANNELS)) for x in (q, k, v))
             grad = torch.cat([grad, grad_of_lse.to(grad.dtype).unsqueeze(-1)], dim=-1)
             o = pad(o, (0, 1), value=-1.0)
             grad, o = (pad(x, (0, CHANNELS - 1)) for x in (grad, o))
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grads = kernel(grad, q, k, v, o, lse, 0.0, mask is None, attn_mask=additive(mask, q.dtype), scale=scale)
+        grads = (backward_on_cuda if q.is_cuda else backward_on_cpu)(grad, o, lse, q, k, v, mask, scale)
         dq, dk, dv = (x[..., :width] for x in grads)
     if dk.shape[1] != groups:
         dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
-def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as the CPU's kernel takes it: added to the scores, in their dtype."""
-    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+def is_fused(q: Tensor) -> bool:
+    """Whether there is a kernel for queries of that device and dtype."""
+    return q.device.type in FUSED and (not q.is_cuda or q.dtype in ON_CUDA)
+
+
+def forward_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (in_channels(x) for x in (q, k, v))
+    bias = None if mask is None else additive(mask, q.dtype)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, 0.0, mask is None, attn_mask=bias, scale=scale)
+
+
+def backward_on_cpu(
+    grad: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> Sequence[Tensor]:
+    q, k, v = (in_channels(x) for x in (q, k, v))
+    bias = None if mask is None else additive(mask, q.dtype)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return kernel(grad, q, k, v, o, lse, 0.0, mask is None, attn_mask=bias, scale=scale)
+
+
+def forward_on_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    width, tokens = q.shape[-1], q.shape[2]
+    bias, kind = spread(mask, q, k), CAUSAL if mask is None else UNMASKED
+    rows = [in_rows(x) for x in (q, shared(k, q), shared(v, q))]
+    kernel = torch.ops.aten._efficient_attention_forward
+    o, lse, *_ = kernel(*rows, bias, None, None, None, None, 0.0, kind, True, scale=scale)
+    return o.transpose(1, 2)[..., :width], lse[..., :tokens]
+
+
+def backward_on_cuda(
+    grad: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> Sequence[Tensor]:
+    (tokens, width), slots = q.shape[2:], k.shape[2]
+    bias, kind = spread(mask, q, k), CAUSAL if mask is None else UNMASKED
+    grad, q, k, v, o = (in_rows(x) for x in (grad, q, k, v, o))
+    o = o.contiguous()  # it takes that as given
+    lse = pad(lse, (0, -tokens % SUMS), value=torch.inf)
+    unused = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout
+    kernel = torch.ops.aten._efficient_attention_backward
+    grads = kernel(
+        grad, q, k, v, bias, o, None, None, tokens, slots, lse, 0.0, unused, unused, kind, False, scale=scale
+    )
+    return [x.transpose(1, 2)[..., :width] for x in grads[:3]]
+
+
+def in_channels(x: Tensor) -> Tensor:
+    """x with the channels side by side, which the CPU's kernel takes as given."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x (B, H, T, D) as CUDA's kernel takes it: (B, T, H, D'), D' a multiple of 8, as is where each vector begins."""
+    x = x.transpose(1, 2)
+    if x.shape[-1] % CHANNELS:
+        return pad(x, (0, -x.shape[-1] % CHANNELS))
+    strides, begins = x.stride(), x.storage_offset()
+    whole = strides[-1] == 1 and not any(number % CHANNELS for number in (*strides[:-1], begins))
+    return x if whole else x.contiguous()
+
+
+def spread(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask as CUDA's kernel takes it: (B, H, T, S), added to the scores."""
+    if mask is None:
+        return None
+    slots = k.shape[2]
+    bias = additive(pad(mask, (0, -slots % BIASES)), q.dtype)
+    return bias[..., :slots].expand(*q.shape[:3], slots)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as it is added to the scores, in their dtype."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def shared(x: Tensor, q: Tensor) -> Tensor:
+    """(B, G, S, D) -> (B, H, S, D); of one group a view."""
+    groups, heads = x.shape[1], q.shape[1]
+    return x if groups == heads else x.unsqueeze(2).expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
 
 
 def by_heads(x: Tensor, q: Tensor) -> Tensor:
-    """(B, G, S, D) -> (B, H, S, D), float32 or better."""
-    return x.to(wide(x.dtype)).repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+    """`shared`, float32 or better."""
+    return shared(x.to(wide(x.dtype)), q)
 
 
 def all_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
