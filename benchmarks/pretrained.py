@@ -47,7 +47,6 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "mka joint, 8 chunks of 8": ("mka", {"chunk_size": 8, "top_k": 8}),
     "mka joint, 16 chunks of 16": ("mka", {"chunk_size": 16, "top_k": 16}),
     "mka joint, 32 chunks of 8": ("mka", {"chunk_size": 8, "top_k": 32}),
-    "mka joint, 64 chunks of 8": ("mka", {"chunk_size": 8, "top_k": 64}),
 }
 """Of the pretrained model, which is "full"; a window of --local_window. mka routed is opened as its router starts."""
 PIECE = 4096

@@ -11,13 +11,18 @@ tokens, layers and documents; loss: nats per token over the last three quarters.
 
     sum, unrotated     the group's queries summed, against the mean key, before any rotary embedding
     sum                the same, queries and keys as they are read
-    softmax            the sum over the group's heads of their softmax over chunks, as they are read: mka's own
+    softmax            the sum over the group's heads of their softmax over chunks, as they are read: what mka
+                       proposes by
     bounds             as softmax, by the largest score that a key within a chunk's bounds could have (Quest)
     mean and bounds    as softmax, by the mean of both scores
     mean and range     as softmax, q . mean + |q| . (high - low) / 4 for each chunk's bounds: two vectors a chunk
     mean and variance  as softmax, q . mean + (q^2 . variance) / 2, the log-mean-exp of scores to second order
     halves             as softmax, by the log-sum-exp of the scores of the means of a chunk's two halves
-    means, then keys   softmax proposes four times as many chunks; of these, by the log-sum-exp of all their scores
+    beside the window  by the mean key, but the share of each chunk in one softmax with window and sinks
+    means, then keys   softmax proposes four times as many chunks; of these, by the log-sum-exp of the scores of all
+                       their keys, in one softmax with window and sinks: mka's own
+    keys alone         the same without window and sinks
+    keys of twice      the same as "means, then keys" of twice as many chunks
     oracle             by the true attention mass
 """
 
@@ -41,7 +46,7 @@ from pretrained import documents, load, losses, passkey
 
 DESCRIBED = (
     *("sum, unrotated", "sum", "softmax", "bounds", "mean and bounds", "mean and range", "mean and variance"),
-    *("halves", "beside the window", "means, then keys", "oracle"),
+    *("halves", "beside the window", "means, then keys", "keys alone", "keys of twice", "oracle"),
 )
 
 
@@ -205,7 +210,7 @@ SEARCHES: dict[str, Callable[[Call, Limits], Retrieved]] = {
     ),
     "keys alone": lambda call, limits: by_keys(call, limits, 4, window=False),
     "means, then keys": lambda call, limits: by_keys(call, limits, 4),
-    "means, then keys of 2": lambda call, limits: by_keys(call, limits, 2),
+    "keys of twice": lambda call, limits: by_keys(call, limits, 2),
     "halves": lambda call, limits: by_scores(halves(call, limits), call.rotated[1].shape[2], limits),
     "oracle": lambda call, limits: by_mass(attention_mass(call, limits), limits),
 }
@@ -246,13 +251,14 @@ def answers(model: Any, ids: Tensor, key: str, tokenizer: Any, name: str) -> boo
         call.raw, call.rotated = raw, rotated
         return real(attn, raw, rotated, *rest)
 
-    def search(_near: AsRead, _far: Any, _nearness: Any, limits: Limits, _asked: Any = None) -> Retrieved:
+    def search(_near: AsRead, _far: Any, _nearness: Any, limits: Limits, _asked: Any = None, **_: Any) -> Retrieved:
         return SEARCHES[name](call, limits)
 
     with (
         torch.no_grad(),
         patch.object(MemoryKeyedAttention, "read_long_term", noting),
         patch("mka.attention.mka.retrieve_as_read", search),
+        patch("mka.attention.mka.PROPOSED", 1),  # what is found here is read
     ):
         logits = model(torch.cat([ids, digits[None]], 1), use_cache=False, logits_to_keep=len(digits) + 1).logits
     return bool((logits[0, :-1].argmax(-1) == digits).all())
@@ -267,7 +273,7 @@ def measure(model: Any, ids: Tensor, name: str, options: Options) -> tuple[float
         call.raw, call.rotated = raw, rotated
         return real(attn, raw, rotated, *rest)
 
-    def search(_near: AsRead, _far: Any, _nearness: Any, limits: Limits, _asked: Any = None) -> Retrieved:
+    def search(_near: AsRead, _far: Any, _nearness: Any, limits: Limits, _asked: Any = None, **_: Any) -> Retrieved:
         retrieved, mass = SEARCHES[name](call, limits), attention_mass(call, limits)
         best = by_mass(mass, limits)
 
@@ -282,6 +288,7 @@ def measure(model: Any, ids: Tensor, name: str, options: Options) -> tuple[float
     with (
         patch.object(MemoryKeyedAttention, "read_long_term", noting),
         patch("mka.attention.mka.retrieve_as_read", search),
+        patch("mka.attention.mka.PROPOSED", 1),  # what is found here is read
     ):
         loss = losses(model, ids)[max(options.local_window, ids.shape[1] // 4) :].mean().item()
     return loss, sum(shares) / len(shares)

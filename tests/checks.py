@@ -43,10 +43,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "routed": SMALL | {"mix": "routed", "longterm_positions": "clamped", "sink_tokens": 1, "rotary": ROTARY},
     "routed far": SMALL | {"mix": "routed", "rotary": ROTARY, "max_distance": 12},
     "clamped": SMALL | {"rotary": ROTARY, "longterm_positions": "clamped"},
+    "one chunk": SMALL | {"top_k": 1, "rotary": ROTARY, "sink_tokens": 2},
     "unplaced": SMALL | {"rotary": ROTARY, "longterm_positions": "none", "sink_tokens": 0},
 }
-OF_MKA = ("routed", "routed far", "clamped", "unplaced")
-"""Variants of what mka alone has."""
+OF_MKA = ("routed", "routed far", "clamped", "unplaced", "one chunk")
+"""Variants of what mka alone has; with one chunk there are many that the means do not propose."""
 CASES = [(kind, variant) for kind in ATTENTION_TYPES for variant in VARIANTS if variant not in OF_MKA or kind == "mka"]
 
 

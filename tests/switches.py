@@ -24,7 +24,7 @@ SWITCHES: dict[str, list[Change]] = {
     "a scan in one block": [(scan, "block_size", lambda tokens: 128)],
     "five queries scored at once": [(search, "QUERY_TILE", 5)],
     "four summaries scored at once": [(search, "SUMMARY_TILE", 4)],
-    "all heads of one query scored at once": [(search, "SCORES", 1)],
+    "all heads of one query scored at once": [(search, "SCORES", 1), (search, "SCORES_ON_GPU", 1)],
     "the scores of few queries at once": [(search, "SCORES", 300)],
     "always sorted by chunk": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 0)],
     "neighbours always together": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 10**9)],
@@ -52,7 +52,8 @@ ALL = SWITCHES | STORED
 NO_SWITCHES = {
     "memory.bank.FORMAT",
     "ops.attend.LARGEST_RATIO",
-    "ops.fused.CHANNELS",
+    *("ops.fused.CHANNELS", "ops.fused.SUMS", "ops.fused.BIASES", "ops.fused.UNMASKED", "ops.fused.CAUSAL"),
+    "attention.mka.PROPOSED",
     "memory.session.SHORTEST",
     "memory.session.LONGEST",
 }

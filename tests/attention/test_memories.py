@@ -62,6 +62,19 @@ def test_one_retrieved_chunk_is_the_one_whose_key_answers_the_query() -> None:
         assert found.chunk[0, -1].flatten().tolist() == [2, 5]
 
 
+@pytest.mark.parametrize("proposed", [1, 2, 100])
+@pytest.mark.parametrize("variant", ["small", "rotary", "far", "one chunk"])
+def test_however_many_chunks_are_proposed(variant: str, proposed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the slow twin: with 1 the means choose, with 100 the keys choose among all candidates."""
+    monkeypatch.setattr("mka.attention.mka.PROPOSED", proposed)
+    attn, x = checks.make("mka", variant), checks.rows(2, 40)
+    checks.assert_equals_naive(attn, x)
+    with torch.no_grad():
+        state, y = attn.initial_state(2), attn(x)[0]
+        parts = [attn(part, state=state)[0] for part in x.split([13, 1, 1, 25], dim=1)]
+        checks.close(torch.cat(parts, 1), y)
+
+
 @pytest.mark.parametrize("kind", ["mka", "fmka"])
 def test_the_first_token_with_a_candidate_is_the_first_to_reach_past_the_window(kind: str) -> None:
     attn, first = build(kind, mix="routed"), WINDOW + CHUNK - 1

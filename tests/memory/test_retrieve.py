@@ -8,7 +8,16 @@ from torch import Tensor
 
 import checks_memory
 from mka.memory import search
-from mka.memory.search import AsRead, Limits, Near, Retrieved, retrieve, retrieve_as_read, top_by_place
+from mka.memory.search import (
+    AsRead,
+    Limits,
+    Near,
+    Retrieved,
+    best_by_keys,
+    retrieve,
+    retrieve_as_read,
+    top_by_place,
+)
 
 CASES = [
     # tokens, chunk size, window, top-k: windows of none, below, at and above a chunk; K above the number of chunks
@@ -216,6 +225,53 @@ def test_as_read_equals_brute_force(
     if scores is not None:
         monkeypatch.setattr(search, "SCORES", scores)
     same(retrieve_as_read(*inputs_), checks_memory.brute_force_as_read(*inputs_))
+
+
+@every_read
+@pytest.mark.parametrize("scores", [None, 1])
+def test_by_place_is_the_same_choice_in_order(
+    tokens: int,
+    heads: int,
+    groups: int,
+    chunk_size: int,
+    window: int,
+    top_k: int,
+    sinks: int,
+    banked: int,
+    scores: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chunks, limits = banked + tokens // chunk_size, Limits(chunk_size, window, top_k, sinks, banked)
+    near = as_read(tokens, heads, groups, chunks, 0)
+    if scores is not None:
+        monkeypatch.setattr(search, "SCORES", scores)
+    best, ordered = (retrieve_as_read(near, None, None, limits, by_place=each) for each in (False, True))
+    assert torch.equal(best.found.sum(-1), ordered.found.sum(-1))
+    for ours, wanted in zip(*(each_choice(x) for x in (ordered, best)), strict=True):
+        assert ours == sorted(wanted)
+
+
+def each_choice(retrieved: Retrieved) -> list[list[int]]:
+    """What each query of each group found, as it stands."""
+    pairs = zip(retrieved.chunk.flatten(0, 2).tolist(), retrieved.found.flatten(0, 2).tolist(), strict=True)
+    return [[j for j, there in zip(*pair, strict=True) if there] for pair in pairs]
+
+
+def test_by_keys_each_head_has_the_say_of_what_it_reads_in_chunks() -> None:
+    """Two heads: one reads its window alone, the other chunks; of equal ones the earlier is taken."""
+    proposed = Retrieved(
+        torch.tensor([2, 5, 7, 9]).view(1, 1, 1, 4), torch.tensor([True, True, True, False]).view(1, 1, 1, 4)
+    )
+    sums = torch.tensor([[1.0, 4.0], [3.0, 1.0], [1.0, 4.0], [-torch.inf, -torch.inf]]).view(1, 1, 1, 4, 2)
+    window = torch.tensor([50.0, 2.0]).view(1, 1, 2)
+    assert best_by_keys(proposed, sums, window, 1).chunk.tolist() == [[[[2]]]]
+    assert best_by_keys(proposed, sums, window, 2).chunk.flatten().tolist() == [2, 7]
+    assert best_by_keys(proposed, sums, window.flip(-1), 1).chunk.tolist() == [[[[5]]]]
+    every = best_by_keys(proposed, sums, window, 4)
+    assert every.found.flatten().tolist() == [True, True, True, False]
+    assert sorted(every.chunk[every.found].tolist()) == [2, 5, 7]
+    none = best_by_keys(proposed._replace(found=proposed.found & False), sums - torch.inf, window, 2)
+    assert not none.found.any()
 
 
 def test_a_head_that_is_sure_outvotes_those_that_are_not() -> None:

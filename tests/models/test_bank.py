@@ -16,7 +16,8 @@ from mka.attention.mka import TOKENS
 from mka.config import LongTermConfig
 from mka.limits import InputError
 from mka.memory.bank import Bank, Pieces, file_name, kept_stores
-from mka.memory.longterm import Chunks, attend_held, read_summaries
+from mka.memory.held import Chunks, Meeting, attend_held
+from mka.memory.longterm import read_summaries
 from mka.memory.search import AsRead, retrieve, retrieve_as_read
 from mka.memory.state import State
 from mka.models import fingerprint, mechanisms, memory_cache, read_in_pieces, states
@@ -52,7 +53,7 @@ def read_from(attn: Any, state: State, q: Tensor, t: Tensor) -> tuple[Tensor, Te
     def turn(k: Tensor, row: Tensor, chunk: Tensor) -> Tensor:
         return attn.turned(k.unsqueeze(2), -places[row, chunk].unsqueeze(1)).squeeze(2)
 
-    return retrieved.chunk, attend_held(q, chunks, retrieved, attn.chunk_size, 0, turn).values
+    return retrieved.chunk, attend_held(Meeting(q, retrieved, turn), chunks, attn.chunk_size, 0).values
 
 
 @pytest.mark.parametrize("kind", MEMORIES)

@@ -11,7 +11,8 @@ from torch import Tensor
 import checks
 import checks_memory
 from mka.attention.mka import MemoryKeyedAttention
-from mka.memory import longterm, session
+from mka.memory import held, longterm, session
+from mka.memory.held import Meeting
 from mka.memory.router import Router
 from mka.memory.search import Limits, Retrieved, retrieve
 from mka.ops import attend, fused
@@ -142,15 +143,15 @@ def infinities_reach_the_attention(patch: pytest.MonkeyPatch) -> None:
 def chunks_merged_without_their_sums(patch: pytest.MonkeyPatch) -> None:
     """Every retrieved chunk weighs the same, whatever its scores."""
 
-    def mean_of_chunks(q: Tensor, chunks: Any, retrieved: Retrieved, **options: Any) -> attend.Read:
+    def mean_of_chunks(meeting: Meeting, *rest: Any, **options: Any) -> attend.Read:
         parts = [
-            real(q, chunks, Retrieved(*(x[..., i, None] for x in retrieved)), **options)
-            for i in range(retrieved.chunk.shape[3])
+            real(meeting._replace(retrieved=Retrieved(*(x[..., i, None] for x in meeting.retrieved))), *rest, **options)
+            for i in range(meeting.retrieved.chunk.shape[3])
         ]
-        read = real(q, chunks, retrieved, **options)
+        read = real(meeting, *rest, **options)
         return read._replace(values=torch.stack([part.values for part in parts]).mean(0))
 
-    real = longterm.attend_held
+    real = held.attend_held
     patch.setattr("mka.attention.mka.attend_held", mean_of_chunks)
 
 

@@ -11,7 +11,7 @@ import checks
 import checks_state
 from mka.attention.mka import MemoryKeyedAttention
 from mka.config import LongTermConfig
-from mka.memory import longterm, search
+from mka.memory import held, longterm, search
 from mka.memory.disk import DiskStore
 from mka.memory.places import LongTerm
 from mka.memory.search import Limits
@@ -30,8 +30,8 @@ def a_chunk_may_retrieve_itself(patch: pytest.MonkeyPatch) -> None:
 def a_tie_goes_to_the_later_chunk(patch: pytest.MonkeyPatch) -> None:
     real = search.top_by_place
 
-    def later(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        best, place = real(scores.flip(-1).contiguous(), top_k)
+    def later(scores: Tensor, top_k: int, **options: Any) -> tuple[Tensor, Tensor]:
+        best, place = real(scores.flip(-1).contiguous(), top_k, **options)
         return best, scores.shape[-1] - 1 - place
 
     patch.setattr(search, "top_by_place", later)
@@ -40,7 +40,7 @@ def a_tie_goes_to_the_later_chunk(patch: pytest.MonkeyPatch) -> None:
 def equal_ones_as_they_come(patch: pytest.MonkeyPatch) -> None:
     """The best by topk, which does not say which of equal scores it takes: here the last."""
 
-    def any_order(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    def any_order(scores: Tensor, top_k: int, **_: Any) -> tuple[Tensor, Tensor]:
         count = min(top_k, scores.shape[-1])
         order = torch.sort(scores.flip(-1), dim=-1, descending=True, stable=True)
         return order.values[..., :count], scores.shape[-1] - 1 - order.indices[..., :count]
@@ -72,6 +72,27 @@ def heads_choose_by_their_sum(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(search, "products", summed)
 
 
+def keys_choose_without_the_window(patch: pytest.MonkeyPatch) -> None:
+    """A head that reads its window alone has as much to say as one that reads chunks."""
+    real = search.best_by_keys
+    patch.setattr(held, "best_by_keys", lambda proposed, sums, others, k: real(proposed, sums, others - 1e9, k))
+
+
+def sinks_make_their_chunk_attractive(patch: pytest.MonkeyPatch) -> None:
+    """Sinks, which are not read in their chunk, count where it is chosen."""
+    real = longterm.sums_in_chunks
+    patch.setattr(held, "sums_in_chunks", lambda *args, sinks=0, **options: real(*args, **options))
+
+
+def the_bias_is_forgotten_where_chunks_are_chosen(patch: pytest.MonkeyPatch) -> None:
+    real = MemoryKeyedAttention.read_long_term
+
+    def without(attn: Any, raw: tuple[Tensor, Tensor], rotated: Any, v: Tensor, others: Tensor, *rest: Any) -> Any:
+        return real(attn, raw, rotated, v, others + attn.router.biases(raw[0])[..., 2], *rest)
+
+    patch.setattr(MemoryKeyedAttention, "read_long_term", without)
+
+
 def a_summary_that_counts_padding(patch: pytest.MonkeyPatch) -> None:
     real = longterm.write_chunk_means
 
@@ -83,6 +104,7 @@ def a_summary_that_counts_padding(patch: pytest.MonkeyPatch) -> None:
         finally:
             state.past, state.lengths = past, lengths
 
+    patch.setattr("mka.attention.mka.PROPOSED", 1)  # keys that choose among what the means propose would mend it
     for kind in ("mka", "fmka"):
         patch.setattr(f"mka.attention.{kind}.write_chunk_means", counted)
 
@@ -167,6 +189,9 @@ DEFECTS: list[tuple[Plant, tuple[str, ...], Callable[[Any], None]]] = [
     (a_distance_off_by_one_chunk, ("mka",), far_against_naive),
     (sinks_are_read_again_in_their_chunk, ("mka",), against_naive),
     (heads_choose_by_their_sum, ("mka",), against_naive),
+    (keys_choose_without_the_window, ("mka",), against_naive),
+    (sinks_make_their_chunk_attractive, ("mka",), against_naive),
+    (the_bias_is_forgotten_where_chunks_are_chosen, ("mka",), against_naive),
     (a_summary_that_counts_padding, MEMORIES, padded_pieces),
     (written_one_entry_late, MEMORIES, exact_pieces),
     (rows_share_a_store, MEMORIES, exact_pieces),
@@ -180,7 +205,7 @@ DEFECTS: list[tuple[Plant, tuple[str, ...], Callable[[Any], None]]] = [
 def test_the_memory_turns_red(
     plant: Plant, kind: str, check: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attn = checks.make(kind)
+    attn = checks.make(kind, "one chunk" if kind == "mka" else "small")
     check(attn)
     plant(monkeypatch)
     with pytest.raises((AssertionError, IndexError)):

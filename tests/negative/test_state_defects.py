@@ -141,7 +141,7 @@ EACH = [
 def test_the_state_turns_red(
     plant: Plant, kind: str, check: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attn = checks.make(kind)
+    attn = checks.make(kind, "one chunk" if kind == "mka" else "small")
     check(attn)
     plant(monkeypatch)
     with pytest.raises((AssertionError, IndexError)):

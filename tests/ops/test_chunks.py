@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from checks import close
-from mka.memory.longterm import Retrieved, gather_chunks
+from mka.memory.longterm import Retrieved, gather_chunks, gathered_sums
 from mka.ops import chunks, unions
 from mka.ops.attend import attend_masked
-from mka.ops.chunks import chunk_attention
-from mka.ops.unions import attend_unions
+from mka.ops.chunks import chunk_attention, chunk_sums
+from mka.ops.unions import attend_unions, union_sums
 
 Way = Callable[..., Tensor]
 
@@ -130,12 +130,45 @@ def test_tiles_of_neighbours_change_nothing(
     close(cut[1].exp(), whole[1].exp())
 
 
+@pytest.mark.parametrize("hidden", [0, 3])
+@pytest.mark.parametrize(("name", "size"), [("QUERIES", 32), ("QUERIES", 3), ("GATHERED", 1)])
+@cases
+def test_sums_of_each_chunk(
+    case: tuple[int, ...], hidden: int, name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every way, against the scores of every query with every key."""
+    q, k, _, retrieved, chunk_size = inputs(case)
+    heads, groups = case[3:5]
+    scores = torch.einsum("btgrd,bsgd->btgsr", q.unflatten(2, (groups, -1)), k) / q.shape[-1] ** 0.5
+    seen = torch.arange(k.shape[1]) >= hidden if hidden else None
+    scores = scores if seen is None else scores.masked_fill(~seen[:, None], -torch.inf)
+    reach = k.shape[1] // chunk_size * chunk_size
+    every = scores[:, :, :, :reach].unflatten(3, (-1, chunk_size)).logsumexp(4)
+    wanted = every.gather(3, retrieved.chunk[..., None].expand(-1, -1, -1, -1, heads // groups))
+    wanted = wanted.masked_fill(~retrieved.found[..., None], -torch.inf)
+    monkeypatch.setattr(unions, name, size)
+    for ours in (
+        chunk_sums(q, k, *retrieved, chunk_size, seen),
+        gathered_sums(q, k, retrieved, chunk_size, seen),
+        gathered_sums(q, k, retrieved, chunk_size, sinks=hidden),
+        union_sums(q, k, *retrieved, chunk_size, seen),
+    ):
+        assert ours is not None
+        close(ours.exp(), wanted.exp())
+
+
+def test_the_operator_of_sums() -> None:
+    q, k, _, retrieved, chunk_size = inputs(CASES[1])
+    torch.library.opcheck(torch.ops.mka.chunk_sums.default, (q.detach(), k.detach(), *retrieved, chunk_size, None))
+
+
 def test_neighbours_that_choose_differently_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """32 queries, each with a chunk of its own; then all of them with one."""
     q, k, v = (torch.randn(1, 32, 1, 4, generator=torch.Generator().manual_seed(0)) for _ in range(3))
     chunk = torch.arange(32).view(1, 32, 1, 1)
     monkeypatch.setattr(unions, "LARGEST_UNION", 31)
     assert attend_unions(q, k, v, chunk, chunk >= 0, 1, None) is None
+    assert union_sums(q, k, chunk, chunk >= 0, 1, None) is None
     assert attend_unions(q, k, v, chunk * 0, chunk >= 0, 1, None) is not None
 
 

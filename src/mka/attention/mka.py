@@ -18,7 +18,6 @@ K chunks retrieved, J = T // c, M = 3 levels.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,18 +35,11 @@ from mka.limits import (
     unknown_name,
 )
 from mka.memory.entry import Entry
+from mka.memory.held import Chunks, Meeting, attend_held, rerank
 from mka.memory.local import local_entries, token_index
-from mka.memory.longterm import (
-    Chunks,
-    asked_at,
-    attend_held,
-    chunk_entries,
-    chunk_means,
-    last_of_chunks,
-    write_chunk_means,
-)
+from mka.memory.longterm import asked_at, chunk_entries, chunk_means, last_of_chunks, write_chunk_means
 from mka.memory.router import LOCAL, LONG_TERM, SESSION
-from mka.memory.search import AsRead, Near, retrieve, retrieve_as_read
+from mka.memory.search import AsRead, Retrieved, near_at, retrieve, retrieve_as_read
 from mka.memory.session import attend_slots, slot_columns
 from mka.memory.state import State
 from mka.ops.attend import Read, both, mixed, shares_of, sum_of
@@ -57,6 +49,9 @@ TOKENS, LOCAL_TOKENS, SLOTS = ("k", "v"), ("local_k", "local_v"), ("slot_k", "sl
 """Names of a state's stores, keys and values."""
 MEAN, FAR_MEAN, PLACE = "chunk_mean", "far_mean", "chunk_place"
 """Of chunks: the mean key as it stands, as it would stand in a chunk at 0, and the position of the first token."""
+
+PROPOSED = 4
+"""Chunks that mean keys propose, for each that all keys choose."""
 
 
 class MemoryKeyedAttention(MemoryAttention):
@@ -144,19 +139,21 @@ class MemoryKeyedAttention(MemoryAttention):
         t, rotated = token_index(x, state), (self.rotate(q, positions), self.rotate(k, positions))
         far = partial(self.far_queries, q, positions, t)
         local = self.attend_local(*rotated, v, state, self.local_stores, far=far, lse=self.is_joint)
+        biases = self.router.biases(q) if self.is_joint else None
         reads = [(LOCAL, local)]
         if self.session is not None:
             m = self.session(x, state).to(x.dtype)
             reads.append((SESSION, self.read_session(rotated[0], m, positions, state)))
         if self.top_k:
             raw = (q, k)
-            reads += [(LONG_TERM, read) for read in self.read_long_term(raw, rotated, v, positions, state)]
-        o = self.joint(q, reads) if self.is_joint else self.routed(q, reads, t, state)
+            others = local.sums - biases[..., LONG_TERM] if biases is not None else None
+            reads += [(LONG_TERM, read) for read in self.read_long_term(raw, rotated, v, others, positions, state)]
+        o = self.routed(q, reads, t, state) if biases is None else self.joint(reads, biases)
         return self.o_proj(o.flatten(2))
 
-    def joint(self, q: Tensor, reads: list[tuple[int, Read]]) -> Tensor:
-        """o (B, T, H, D): one softmax over all reads, given the level of each."""
-        biases, factor = self.router.biases(q), self.router.session_factor()
+    def joint(self, reads: list[tuple[int, Read]], biases: Tensor) -> Tensor:
+        """o (B, T, H, D): one softmax over all reads, given the level of each, and biases (B, T, H, M)."""
+        factor = self.router.session_factor()
         if self.silent is not None:
             reads = silenced(reads, self.silent)
         weights = shares_of(
@@ -197,11 +194,13 @@ class MemoryKeyedAttention(MemoryAttention):
         raw: tuple[Tensor, Tensor],
         rotated: tuple[Tensor, Tensor],
         v: Tensor,
+        others: Tensor | None,
         positions: Tensor | None,
         state: State | None,
     ) -> list[Read]:
         """a_3 (B, T, H, D) of queries (B, T, H, D) and keys (B, T, G, D), as projected and as rotated.
 
+        others (B, T, H), with the joint mix: the log-sum-exp of what else a head reads, less the bias of this level.
         Nothing where no token has a candidate; two reads where some chunks are read at their distance, others at
         `max_distance`.
         """
@@ -209,25 +208,35 @@ class MemoryKeyedAttention(MemoryAttention):
         chunks = self.chunks(k, v, k if self.is_joint else raw[1], positions, state)
         if chunks is None:
             return []
-        near = self.near(positions, chunks)
+        near, places = None, chunks.places
+        if places is not None and positions is not None:
+            near = near_at(positions, places, self.max_distance, chunks.banked)
         q_far = q if near is None else self.rotate(raw[0], self.farthest(q))
         asked, limits = asked_at(v, state), self.limits(state)
-        if self.is_joint:
-            far = None if near is None or chunks.far_means is None else AsRead(q_far, chunks.far_means)
-            retrieved = retrieve_as_read(AsRead(q, chunks.means), far, near, limits, asked)
-        else:
-            retrieved = retrieve(self.index_queries(raw[0]), chunks.means, limits, asked)
-        self.watched(retrieved)
-        read = partial(attend_held, chunk_size=self.chunk_size, sinks=self.hidden_sinks, lse=self.is_joint)
-        if near is None or chunks.places is None:
-            return [read(q, chunks, retrieved)]
-        close_by, beyond = retrieved.split(near)
-        back = -chunks.places.expand(len(v), -1)
 
         def turn(k: Tensor, row: Tensor, chunk: Tensor) -> Tensor:
-            return self.turned(k.unsqueeze(2), back[row, chunk].unsqueeze(1)).squeeze(2)
+            back = -places.expand(len(v), -1)[row, chunk] if places is not None else chunk
+            return self.turned(k.unsqueeze(2), back.unsqueeze(1)).squeeze(2)
 
-        return [read(q, chunks, close_by, lse=True), read(q_far, chunks, beyond, turn=turn, lse=True)]
+        def meetings(retrieved: Retrieved) -> list[Meeting]:
+            if near is None:
+                return [Meeting(q, retrieved)]
+            close_by, beyond = retrieved.split(near)
+            return [Meeting(q, close_by), Meeting(q_far, beyond, turn)]
+
+        if others is None:
+            retrieved = retrieve(self.index_queries(raw[0]), chunks.means, limits, asked)
+        else:
+            far = None if near is None or chunks.far_means is None else AsRead(q_far, chunks.far_means)
+            wider = limits._replace(top_k=self.proposed(chunks.means.shape[1]))
+            by_keys = wider.top_k > self.top_k
+            retrieved = retrieve_as_read(AsRead(q, chunks.means), far, near, wider, asked, by_place=by_keys)
+            if by_keys:
+                retrieved = rerank(meetings(retrieved), chunks, retrieved, others, limits)
+        self.watched(retrieved)
+        found = meetings(retrieved)
+        lse = self.is_joint or len(found) > 1
+        return [attend_held(meeting, chunks, self.chunk_size, self.hidden_sinks, lse=lse) for meeting in found]
 
     def chunks(
         self, k: Tensor, v: Tensor, found_by: Tensor, positions: Tensor | None, state: State | None
@@ -278,26 +287,13 @@ class MemoryKeyedAttention(MemoryAttention):
         """x (B, N, G, D), rotated already, as it would be `by` (B or 1, N) positions on."""
         return x if self.rotary is None else self.rotary.turn(x, by)
 
-    def near(self, positions: Tensor | None, chunks: Chunks) -> Near | None:
-        """Which chunks tokens read at their own distance, none of a bank's among them; None: all of them."""
-        begins, limit = chunks.places, self.max_distance
-        if begins is None or positions is None or (limit is None and not chunks.banked):
-            return None
-        t = positions if positions.dim() == 2 else positions[None]
-        nowhere = torch.iinfo(torch.int64).min
-        if chunks.banked:
-            column = torch.arange(begins.shape[1], device=begins.device)
-            begins = begins.masked_fill(column < chunks.banked, nowhere)
-        near = Near(torch.full_like(t, nowhere + 1) if limit is None else t - limit, begins)
-        if torch.compiler.is_compiling() and not chunks.banked:
-            check: Any = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
-            check(near.all(), f"a row is longer than max_distance, {limit}; a compiled model reads no further")
-            return None
-        return None if bool(near.all()) else near
-
     def farthest(self, x: Tensor) -> Tensor:
         """(1,): the distance at which chunks begin that are further away than any may be."""
         return torch.tensor([self.max_distance or (self.local_window or 0) + self.chunk_size - 1], device=x.device)
+
+    def proposed(self, candidates: int) -> int:
+        """How many of so many chunks the means propose; where it is no more than `top_k`, all of them are read."""
+        return max(self.top_k, min(PROPOSED * self.top_k, candidates)) if self.is_joint else self.top_k
 
     def index_queries(self, q: Tensor) -> Tensor:
         """(B, T, G, D): the queries of each group, summed, before any rotary embedding."""
@@ -340,4 +336,6 @@ class MemoryKeyedAttention(MemoryAttention):
             slots = slots if self.slots_read is None else min(slots, self.slots_read)
             flops += 4 * inner * slots + 4 * c * kv * (fresh == 0)
         scored = inner if self.is_joint else kv
-        return flops + 2 * scored * candidates + 4 * inner * self.chunk_size * min(self.top_k, candidates)
+        chosen, proposed = min(self.top_k, candidates), self.proposed(candidates)
+        by_keys = proposed if proposed > self.top_k else 0
+        return flops + 2 * scored * candidates + 2 * inner * self.chunk_size * (by_keys + 2 * chosen)

@@ -117,20 +117,27 @@ def naive_mka(attn: MemoryKeyedAttention, x: Tensor, positions: Tensor) -> Itera
             session_read = weighed(all_scores(place(attn.rotary, q, position), slots), slot_values)
         if attn.top_k and (t + 1) % attn.chunk_size == 0:
             chunks.add(raw, places)
-        levels = [local, session_read, read_chunks(attn, q, t, position, values, chunks)]
-        yield attn.o_proj(mixed(attn, q, levels).flatten())
+        logits = router_logits(attn, q) if attn.is_joint else None
+        others = local[1] if logits is None else local[1] - (logits[2] - logits[0])
+        levels = [local, session_read, read_chunks(attn, q, t, position, values, chunks, others)]
+        yield attn.o_proj(mixed(attn, q, levels, logits).flatten())
 
 
-def mixed(attn: MemoryKeyedAttention, q: Tensor, levels: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """One softmax over the levels, of what each has read (H, D) and its log-sum-exps (H,); or the router's weights."""
+def mixed(attn: MemoryKeyedAttention, q: Tensor, levels: list[tuple[Tensor, Tensor]], logits: Tensor | None) -> Tensor:
+    """One softmax over the levels, of what each has read (H, D) and its log-sum-exps (H,), given the router's logits
+    (M, H); without them, the router's weights."""
     reads, sums = (torch.stack(parts) for parts in zip(*levels, strict=True))
     exists = sums[:, 0] > -torch.inf
-    if not attn.is_joint:
+    if logits is None:
         return (route(attn, q, exists.tolist())[:, None, None] * reads).sum(0)
-    logits = attn.router.output(torch.nn.functional.silu(attn.router.hidden(q.flatten()))).view(-1, 3).T  # (M, H)
     share = torch.stack([torch.ones(()), attn.router.gate.clamp(min=0).cpu(), torch.ones(())]).to(reads)
     weights = (sums + logits - logits[0]).softmax(0) * share[:, None]
     return ((weights / weights.sum(0)).unsqueeze(-1) * reads).sum(0)
+
+
+def router_logits(attn: MemoryKeyedAttention, q: Tensor) -> Tensor:
+    """(M, H) of a query (H, D)."""
+    return attn.router.output(torch.nn.functional.silu(attn.router.hidden(q.flatten()))).view(-1, 3).T
 
 
 def local_scores(
@@ -182,11 +189,17 @@ class Chunks:
 
 
 def read_chunks(
-    attn: MemoryKeyedAttention, q: Tensor, t: int, position: Tensor, values: list[Tensor], held: Chunks
+    attn: MemoryKeyedAttention,
+    q: Tensor,
+    t: int,
+    position: Tensor,
+    values: list[Tensor],
+    held: Chunks,
+    others: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What one query (H, D) reads in the chunks that its groups choose, and its log-sum-exps.
 
-    The query meets each chunk at the distance that the two have.
+    The query meets each chunk at the distance that the two have; others (H,) is the log-sum-exp of all else.
     """
     size, groups, root = attn.chunk_size, attn.num_kv_heads, q.shape[-1] ** 0.5
     completed = max(0, (t + 1 - (attn.local_window or 0)) // size) if attn.top_k else 0
@@ -202,13 +215,21 @@ def read_chunks(
             mass = scores.softmax(1).sum(0)
         else:
             mass = (means[:, group] @ q.unflatten(0, (groups, -1))[group].sum(0)[:, None]).squeeze(1)
+
+        def scores_of(i: int, group: int = group) -> Tensor:
+            """(R, c): of the tokens of the i-th candidate, -inf where they are sinks."""
+            tokens = torch.arange(chunks[i] * size, (chunks[i] + 1) * size)
+            scores = all_scores(asking[i, group], [held.met[s][group, None] for s in tokens])
+            return scores.masked_fill(tokens < attn.sink_tokens, -torch.inf)
+
         chosen = best(mass, attn.top_k)
-        found = [
-            all_scores(asking[i, group], [k[group, None] for k in held.met[chunks[i] * size : (chunks[i] + 1) * size]])
-            for i in chosen
-        ]
+        if (count := attn.proposed(len(chunks))) > attn.top_k:
+            proposed = sorted(best(mass, count))
+            totals = torch.stack([scores_of(i).logsumexp(1) for i in proposed])  # (N, R)
+            total = torch.logaddexp(others.unflatten(0, (groups, -1))[group], totals.logsumexp(0))
+            chosen = [proposed[i] for i in best((totals - total).exp().sum(1), attn.top_k)]
         tokens = [s for i in chosen for s in range(chunks[i] * size, (chunks[i] + 1) * size)]
-        scores = torch.cat(found, dim=1).masked_fill(torch.tensor(tokens) < attn.sink_tokens, -torch.inf)
+        scores = torch.cat([scores_of(i) for i in chosen], dim=1)
         read, total = weighed(scores, [values[s][group, None] for s in tokens])
         reads.append(read)
         sums.append(total)

@@ -8,7 +8,8 @@ A chunk is a candidate for the query at t when its last token lies before the wi
 the completion of a chunk and the window depend on t alone, never on what comes later. mka.memory.search finds the best.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -21,10 +22,10 @@ from mka.memory.local import token_index
 from mka.memory.search import Retrieved
 from mka.memory.state import State
 from mka.memory.store import RecordForm, Records
-from mka.ops.attend import Read, attend_masked, each, joined, nothing
-from mka.ops.chunks import chunk_attention
+from mka.ops.attend import Read, attend_masked, each
+from mka.ops.chunks import chunk_attention, chunk_sums
 from mka.ops.precision import no_autocast, upcast, wide
-from mka.ops.unions import attend_unions
+from mka.ops.unions import attend_unions, union_sums
 
 INDEX_STORES = ("chunk_mean", "far_mean", "chunk_place", "index_key")
 """Stores of a state that hold an entry for each chunk: what chunks are found by, and of fmka what is read."""
@@ -162,8 +163,7 @@ def attend_chunks(
     q (B, T, H, D), k and v (B, S, G, D) with S at least the tokens of all completed chunks, of which those are read
     where `seen` (S,) is True, or without it all but the first `sinks`. Returns (B, T, H, D).
     """
-    tokens, top_k = retrieved.chunk.shape[1], retrieved.chunk.shape[3]
-    if tokens * top_k <= max(GATHERED_PAIRS, GATHERED_PAIRS_PER_CHUNK * k.shape[1] // chunk_size):
+    if are_few(retrieved, k.shape[1] // chunk_size):
         return gather_chunks(q, k, v, retrieved, chunk_size, seen, sinks=sinks, lse=lse)
     if seen is None and sinks:
         seen = torch.arange(k.shape[1], device=q.device) >= sinks
@@ -174,6 +174,12 @@ def attend_chunks(
             return Read(*together)
     values, sums = chunk_attention(q, k, v, *retrieved, chunk_size, seen)
     return Read(values.to(q.dtype), sums)
+
+
+def are_few(retrieved: Retrieved, chunks: int) -> bool:
+    """Whether what is chosen of so many chunks is gathered, for each query by itself."""
+    tokens, top_k = retrieved.chunk.shape[1], retrieved.chunk.shape[3]
+    return tokens * top_k <= max(GATHERED_PAIRS, GATHERED_PAIRS_PER_CHUNK * chunks)
 
 
 def gather_chunks(
@@ -201,6 +207,39 @@ def gather_chunks(
     read = attend_masked(queries.to(k.dtype), keys, values, mask.flatten(0, 2)[:, None, None], lse=lse)
     read = each(read, lambda x: x.flatten(1, 2).unflatten(0, (batch, tokens, groups)).flatten(2, 3))
     return each(read, lambda x: x.to(q.dtype), values_only=True)
+
+
+@torch.no_grad()
+def sums_in_chunks(
+    q: Tensor, k: Tensor, retrieved: Retrieved, chunk_size: int, seen: Tensor | None = None, *, sinks: int = 0
+) -> Tensor:
+    """The log-sum-exps (B, T, G, K, H / G) of each query's scores in the chunks it retrieved, of the tokens that
+    `attend_chunks` reads; -inf where nothing was found. float32 or better."""
+    if are_few(retrieved, k.shape[1] // chunk_size):
+        return gathered_sums(q, k, retrieved, chunk_size, seen, sinks=sinks)
+    if seen is None and sinks:
+        seen = torch.arange(k.shape[1], device=q.device) >= sinks
+    if not torch.compiler.is_compiling():
+        together = union_sums(q, k, *retrieved, chunk_size, seen)
+        if together is not None:
+            return together
+    return chunk_sums(q, k, *retrieved, chunk_size, seen)
+
+
+def gathered_sums(
+    q: Tensor, k: Tensor, retrieved: Retrieved, chunk_size: int, seen: Tensor | None = None, *, sinks: int = 0
+) -> Tensor:
+    """`sums_in_chunks` for few queries: each has a copy of its keys."""
+    groups = retrieved.chunk.shape[2]
+    index = retrieved.chunk[..., None] * chunk_size + torch.arange(chunk_size, device=q.device)  # (B, T, G, K, c)
+    rows = torch.arange(len(q), device=q.device).view(-1, 1, 1, 1, 1)
+    group = torch.arange(groups, device=q.device).view(-1, 1, 1)
+    queries = upcast(q).unflatten(2, (groups, -1)) / math.sqrt(q.shape[-1])
+    keys = k[rows, index, group].to(queries.dtype)  # (B, T, G, K, c, D)
+    scores = keys.flatten(3, 4) @ queries.mT  # (B, T, G, K c, H / G)
+    scores = scores.unflatten(3, index.shape[3:])
+    hidden = ~(retrieved.found[..., None] & (index >= sinks if seen is None else seen[index]))
+    return scores.masked_fill(hidden.unsqueeze(-1), -torch.inf).logsumexp(4)
 
 
 class InTensor(Records):
@@ -269,80 +308,3 @@ def means_read(part: Fetched, weights: Tensor) -> Tensor:
     means = part.records[0].flatten(1).to(weights.dtype)
     read = embedding_bag(place.flatten(0, 1), means, per_sample_weights=(weights * found).flatten(0, 1), mode="sum")
     return read.unflatten(0, weights.shape[:2])
-
-
-def attend_records(
-    q: Tensor,
-    keys: Records,
-    values: Records,
-    retrieved: Retrieved,
-    chunk_size: int,
-    *,
-    sinks: int = 0,
-    banked: int = 0,
-    turn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    lse: bool = False,
-) -> Read:
-    """`attend_chunks` where keys and values are stored apart: the records fetched are the chunks of one long row.
-
-    q (B, T, H, D). A row's first `sinks` tokens are not read; its chunks come after `banked` others. `turn` changes
-    the keys (N, c, D) of chunks before they are read, given their rows and numbers (N,). Returns (B, T, H, D).
-    """
-    groups = retrieved.chunk.shape[2]
-    reads = []
-    for part in fetched(retrieved, (keys, values)):
-        queries = q[:, part.tile]
-        shape = queries.shape
-        k, v = part.records
-        if not len(k):
-            reads.append(nothing(queries, lse=lse))
-            continue
-        if turn is not None:
-            k = turn(k, part.row, part.chunk)
-        seen = None
-        if sinks:
-            number = (part.chunk[:, None] - banked) * chunk_size + torch.arange(chunk_size, device=k.device)
-            seen = ((number >= sinks) | (part.chunk[:, None] < banked)).flatten()
-        k, v = (x.flatten(0, 1)[None, :, None] for x in (k, v))  # (1, N c, 1, D)
-        # (1, B G t, H / G, D): neighbours stand side by side
-        rows = queries.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 2)[None]
-        chosen = Retrieved(*(x.transpose(1, 2).flatten(0, 2)[None, :, None] for x in part.retrieved))
-        read = attend_chunks(rows, k, v, chosen, chunk_size, seen, lse=lse)
-        by_group = (shape[0], groups, shape[1])
-        read = each(read, lambda x, by=by_group: x.squeeze(0).unflatten(0, by).transpose(1, 2).flatten(2, 3))
-        reads.append(read if lse else read._replace(lse=None))
-    return joined(reads)
-
-
-class Chunks(NamedTuple):
-    """The chunks of a call: tokens, in order or as they are stored; what they are found by, near and far; where they
-    begin.
-
-    keys, values (B, S, G, D) or records; means, far_means (B, J, G, D); places (B or 1, J), None: without positions.
-    """
-
-    keys: Tensor | Records
-    values: Tensor | Records
-    means: Tensor
-    far_means: Tensor | None = None
-    places: Tensor | None = None
-    banked: int = 0
-
-
-def attend_held(
-    q: Tensor,
-    chunks: Chunks,
-    retrieved: Retrieved,
-    chunk_size: int,
-    sinks: int,
-    turn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    *,
-    lse: bool = False,
-) -> Read:
-    """`attend_chunks` or `attend_records`, whichever the chunks need."""
-    keys, values = chunks.keys, chunks.values
-    if turn is None and isinstance(keys, Tensor) and isinstance(values, Tensor):
-        return attend_chunks(q, keys, values, retrieved, chunk_size, sinks=sinks, lse=lse)
-    keys, values = (InTensor(x, chunk_size) if isinstance(x, Tensor) else x for x in (keys, values))
-    banked = chunks.banked
-    return attend_records(q, keys, values, retrieved, chunk_size, sinks=sinks, banked=banked, turn=turn, lse=lse)

@@ -3,13 +3,15 @@
     retrieve          q . s for each group, its queries summed, before any rotary embedding
     retrieve_as_read  the sum over a group's heads of softmax_j(q . s_j / sqrt(D)), over all candidates j, with queries
                       and mean keys as they will be read
+    best_by_keys      of chunks proposed so, by what the heads would read in each: the share of its tokens in one
+                      softmax with all else that a query reads
 
 A softmax for each head lets one head that is sure outvote many that are not, which a sum of scores does not.
 """
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +53,24 @@ class Near(NamedTuple):
     def marked(self, tile: slice, reach: int) -> Tensor:
         """(B or 1, t, J) bool, of a tile of queries and the first chunks."""
         return self.begins[:, None, :reach] >= self.since[:, tile, None]
+
+
+def near_at(t: Tensor, begins: Tensor, limit: int | None, banked: int) -> Near | None:
+    """Which chunks, beginning at (B or 1, J), queries at t (T,) or (B, T) meet where they stand: those that are at most
+    `limit` away (None: any) and not among the first `banked`, of a bank. None: all of them."""
+    if limit is None and not banked:
+        return None
+    t = t if t.dim() == 2 else t[None]
+    nowhere = torch.iinfo(torch.int64).min
+    if banked:
+        column = torch.arange(begins.shape[1], device=begins.device)
+        begins = begins.masked_fill(column < banked, nowhere)
+    near = Near(torch.full_like(t, nowhere + 1) if limit is None else t - limit, begins)
+    if torch.compiler.is_compiling() and not banked:
+        check: Any = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+        check(near.all(), f"a row is longer than max_distance, {limit}; a compiled model reads no further")
+        return None
+    return None if bool(near.all()) else near
 
 
 class Limits(NamedTuple):
@@ -118,11 +138,18 @@ def retrieve(queries: Tensor, summaries: Tensor, limits: Limits, t: Tensor | Non
 
 @torch.no_grad()
 def retrieve_as_read(
-    near: AsRead, far: AsRead | None, nearness: Near | None, limits: Limits, t: Tensor | None = None
+    near: AsRead,
+    far: AsRead | None,
+    nearness: Near | None,
+    limits: Limits,
+    t: Tensor | None = None,
+    *,
+    by_place: bool = False,
 ) -> Retrieved:
     """The K candidates of which a group's heads would read most, by their mean keys.
 
-    near: as all chunks meet queries, or those that `nearness` says; far: as the others do.
+    near: as all chunks meet queries, or those that `nearness` says; far: as the others do. by_place: the earlier
+    chunk first, not the better one.
     """
     q, (chunks, groups) = near.queries, near.keys.shape[1:3]
     batch, tokens, heads, width = q.shape
@@ -142,8 +169,23 @@ def retrieve_as_read(
             limits.hide(score, end[:, None, None, tile], sure)
             mass = score.softmax(-1).nan_to_num_().sum(2)
             limits.hide(mass, end[:, None, tile], sure)
-            tiles.append(kept(*top_by_place(mass, limits.top_k), limits.top_k))
+            best = top_by_place(mass, limits.top_k, in_order=not by_place)
+            tiles.append(kept(*best, limits.top_k))
     return taken(tiles)
+
+
+@torch.no_grad()
+def best_by_keys(proposed: Retrieved, sums: Tensor, others: Tensor, top_k: int) -> Retrieved:
+    """The K of those proposed of which a group's heads would read most.
+
+    proposed (B, T, G, N), the earlier chunk first; sums (B, T, G, N, R): the log-sum-exp of each head's scores in
+    them, -inf where nothing was found; others (B, T, H): that of all else which the head reads.
+    """
+    total = torch.logaddexp(others.unflatten(2, sums.shape[2:5:2]), sums.logsumexp(3)).unsqueeze(3)
+    mass = (sums - total).exp().nan_to_num_().sum(-1).masked_fill_(~proposed.found, -torch.inf)
+    score, place = kept(*top_by_place(mass, top_k), top_k)
+    found = score > -torch.inf
+    return Retrieved(proposed.chunk.gather(3, place).masked_fill(~found, 0), found)
 
 
 def surely(end: Tensor, tile: slice, limits: Limits, t: Tensor | None) -> int:
@@ -229,15 +271,20 @@ def best_chunks(queries: Tensor, summaries: Tensor, end: Tensor, limits: Limits)
     return score, chunk
 
 
-def top_by_place(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The K largest of scores (..., J), fewer where J is smaller, and their places, best first; the first wins a tie.
+def top_by_place(scores: Tensor, top_k: int, *, in_order: bool = True) -> tuple[Tensor, Tensor]:
+    """The K largest of scores (..., J), fewer where J is smaller, and their places; the first wins a tie.
 
-    -inf is no candidate, and its place means nothing.
+    Best first, or not `in_order`: by their places. -inf is no candidate, and its place means nothing.
     """
     count = min(top_k, scores.shape[-1])
+    if not in_order and count == scores.shape[-1]:
+        return scores, torch.arange(count, device=scores.device).expand_as(scores)
     if torch.compiler.is_compiling():  # what follows asks for values
-        best, place = scores.sort(dim=-1, descending=True, stable=True)
-        return best[..., :count], place[..., :count]
+        best, place = (x[..., :count] for x in scores.sort(dim=-1, descending=True, stable=True))
+        if in_order:
+            return best, place
+        place, order = place.sort(-1)
+        return best.gather(-1, order), place
     if count == scores.shape[-1] or not count:
         return scores.sort(dim=-1, descending=True, stable=True)
     best, place = scores.topk(count + 1)
@@ -247,5 +294,8 @@ def top_by_place(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         chosen = scores[tied].sort(dim=-1, descending=True, stable=True)
         best[tied], place[tied] = chosen.values[..., : count + 1], chosen.indices[..., : count + 1]
     place, order = place[..., :count].sort(-1)
-    best, order = best[..., :count].gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    best = best[..., :count].gather(-1, order)
+    if not in_order:
+        return best, place
+    best, order = best.sort(dim=-1, descending=True, stable=True)
     return best, place.gather(-1, order)

@@ -45,6 +45,7 @@ class Blocks(NamedTuple):
     keys: Tensor
     """(N, c, D)"""
     values: Tensor
+    """The same; keys where values are of no interest"""
     hidden: Tensor | None
     """(N, 1, c)"""
 
@@ -87,6 +88,31 @@ def chunk_attention(
         o[:, tile] = (read / denominator.masked_fill(denominator == 0, 1).unsqueeze(-1)).flatten(2, 3)
         lse[:, tile] = (highest + denominator.log()).flatten(2)
     return o, lse
+
+
+@torch.library.custom_op("mka::chunk_sums", mutates_args=())
+@without_autocast
+def chunk_sums(q: Tensor, k: Tensor, chunk: Tensor, found: Tensor, chunk_size: int, seen: Tensor | None) -> Tensor:
+    """(B, T, G, K, R), float32 or better: the log-sum-exp of a query's scores in each chunk that was found, or -inf.
+
+    It has no gradient: chunks are chosen by it.
+    """
+    sums = sums_like(q, chunk)
+    for tile in query_tiles(chunk):
+        store = sums.new_full((chunk[:, tile].numel() + 1, sums.shape[-1]), -torch.inf)
+        for block in blocks(q[:, tile], k, None, chunk[:, tile], found[:, tile], chunk_size, seen):
+            store[block.pair] = block.scores().logsumexp(-1).view(len(block.pair), -1)
+        sums[:, tile] = store[:-1].view(sums[:, tile].shape)
+    return sums
+
+
+def sums_like(q: Tensor, chunk: Tensor) -> Tensor:
+    return q.new_empty((*chunk.shape, q.shape[2] // chunk.shape[2]), dtype=wide(q.dtype))
+
+
+@chunk_sums.register_fake
+def _(q: Tensor, k: Tensor, chunk: Tensor, found: Tensor, chunk_size: int, seen: Tensor | None) -> Tensor:
+    return sums_like(q, chunk)
 
 
 @torch.library.custom_op("mka::chunk_attention_backward", mutates_args=())
@@ -187,18 +213,20 @@ def query_tiles(chunk: Tensor) -> Iterator[slice]:
 
 
 def blocks(
-    q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int, seen: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor | None, chunk: Tensor, found: Tensor, chunk_size: int, seen: Tensor | None
 ) -> Iterator[Blocks]:
     """The found pairs, sorted by row, group and chunk, in blocks of one chunk each."""
     slots, groups, width = k.shape[1:]
     chunks, top_k, dtype = slots // chunk_size, chunk.shape[3], wide(q.dtype)
     rows = q.reshape(-1, q.shape[2] // groups * width)  # one for each (b, t, g)
-    k, v = (x[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size)) for x in (k, v))
+    k, v = k[:, : chunks * chunk_size], None if v is None else v[:, : chunks * chunk_size]
+    k, v = k.unflatten(1, (chunks, chunk_size)), None if v is None else v.unflatten(1, (chunks, chunk_size))
     segments, pairs = sorted_pairs(chunk, found, chunks)
     for start in range(0, len(segments), BLOCKS):
         segment, pair = segments[start : start + BLOCKS], pairs[start : start + BLOCKS]
         row, group, j = segment // (groups * chunks), segment // chunks % groups, segment % chunks
-        keys, values = (x[row, j, :, group].to(dtype) for x in (k, v))
+        keys = k[row, j, :, group].to(dtype)
+        values = keys if v is None else v[row, j, :, group].to(dtype)
         pair = pair.flatten()
         query = (pair // top_k).clamp(max=len(rows) - 1)
         queries = rows[query].to(dtype).mul_(1 / math.sqrt(width)).view(len(segment), -1, width)
