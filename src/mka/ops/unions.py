@@ -51,16 +51,22 @@ class Tiles(NamedTuple):
         tiles = q.view(len(q), self.per_row, QUERIES, self.groups, -1, q.shape[3])
         return tiles.permute(0, 1, 3, 4, 2, 5).flatten(0, 2)
 
-    def back(self, x: Tensor, tokens: int) -> Tensor:
-        """(N, Q, ...) -> (B, T, G, ...)"""
-        x = x.unflatten(0, (-1, self.per_row, self.groups)).transpose(2, 3).flatten(1, 2)
+    def back(self, parts: list[Tensor], tokens: int) -> Tensor:
+        """(N, Q, ...) of tiles in the order in which they are gathered -> (B, T, G, ...)"""
+        x = (
+            torch.cat(parts)[self.sizes.argsort(stable=True).argsort()]
+            .unflatten(0, (-1, self.per_row, self.groups))
+            .transpose(2, 3)
+            .flatten(1, 2)
+        )
         return x[:, :tokens]
 
 
 class Gathered(NamedTuple):
     """Some of the tiles, and what their queries read."""
 
-    part: slice
+    part: Tensor
+    """(N,): which ones"""
     listed: Tensor
     """(N, U): the chunks of each union; beyond its size, any"""
     column: Tensor
@@ -91,17 +97,17 @@ def tiles_of(chunk: Tensor, found: Tensor, chunks: int) -> Tiles | None:
 
 
 def gathered(tiles: Tiles, numbers: int) -> Iterator[Gathered]:
-    """All tiles, so many at once that a few million numbers are gathered, of each chunk `numbers`."""
+    """All tiles, so many at once that a few million numbers are gathered, of each chunk `numbers`; the smaller unions
+    first, because those that are gathered together are padded to the largest."""
     count, chunks = tiles.present.shape
     device = tiles.present.device
     place, number = tiles.present.cumsum(1) - 1, torch.arange(count, device=device)
     row, group = number // (tiles.per_row * tiles.groups), number % tiles.groups
     step = max(1, GATHERED // max(1, int(tiles.sizes.max()) * numbers))
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        union = max(1, int(tiles.sizes[part].max()))
-        listed = torch.zeros(part.stop - start, union + 1, dtype=torch.long, device=device)
-        every = torch.arange(chunks, device=device).expand(part.stop - start, -1)
+    for part in tiles.sizes.argsort(stable=True).split(step):
+        union = max(1, int(tiles.sizes[part[-1]]))
+        listed = torch.zeros(len(part), union + 1, dtype=torch.long, device=device)
+        every = torch.arange(chunks, device=device).expand(len(part), -1)
         listed.scatter_(1, place[part].where(tiles.present[part], union), every)
         listed = listed[:, :union]
         column = place[part].gather(1, tiles.chosen[part].flatten(1)).view_as(tiles.chosen[part])
@@ -130,7 +136,7 @@ def attend_unions(
         o, lse = attention_with_lse(queries[tile.part], *read, mask.unsqueeze(1), 1 / math.sqrt(width))
         outputs.append(o)
         sums.append(lse)
-    o, lse = (tiles.back(torch.cat(x).transpose(1, 2), q.shape[1]).flatten(2, 3) for x in (outputs, sums))
+    o, lse = (tiles.back([x.transpose(1, 2) for x in each], q.shape[1]).flatten(2, 3) for each in (outputs, sums))
     return o, lse
 
 
@@ -143,6 +149,8 @@ def union_sums(
         return None
     queries = tiles.queries(q)
     keys = k[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size))
+    # bfloat16 has float32's range, and its products are three times as fast; its rounding moves near ties alone
+    product = q.dtype if q.dtype == torch.bfloat16 else wide(q.dtype)
     partly = torch.zeros(chunks, dtype=torch.bool, device=q.device)
     if seen is not None:
         seen = seen[: chunks * chunk_size].view(chunks, chunk_size)
@@ -150,18 +158,19 @@ def union_sums(
     sums = []
     for tile in gathered(tiles, chunk_size * max(width, QUERIES * queries.shape[1])):
         count, union = tile.listed.shape
-        asking = queries[tile.part].to(wide(q.dtype)).mul(1 / math.sqrt(width)).flatten(1, 2)
-        scores = asking @ keys[tile.at].flatten(1, 2).to(asking.dtype).mT  # (N, R Q, U c)
+        asking = queries[tile.part].flatten(1, 2).to(product)
+        scores = asking @ keys[tile.at].flatten(1, 2).to(product).mT  # (N, R Q, U c)
         own = torch.arange(0, scores[..., ::chunk_size].numel(), union, device=q.device)
         own = own.view(count, -1, QUERIES, 1) + tile.column.clamp(max=union - 1).unsqueeze(1)  # (N, R, Q, K)
         mine = scores.view(-1, chunk_size).index_select(0, own.flatten()).view(*own.shape, chunk_size)
+        mine = mine.to(wide(q.dtype)).mul_(1 / math.sqrt(width))
         chosen = tiles.chosen[tile.part]
         if seen is not None:
             n, i, j = partly[chosen].nonzero().unbind(1)
             mine[n, :, i, j] = mine[n, :, i, j].masked_fill(~seen[chosen[n, i, j]].unsqueeze(1), -torch.inf)
         mine = logsumexp_(mine).masked_fill_((tile.column == union).unsqueeze(1), -torch.inf)
         sums.append(mine.permute(0, 2, 3, 1))
-    return tiles.back(torch.cat(sums), q.shape[1])
+    return tiles.back(sums, q.shape[1])
 
 
 def logsumexp_(x: Tensor) -> Tensor:
