@@ -277,6 +277,10 @@ def memory_config(config: PreTrainedConfig, attention_type: str, options: dict[s
         options.setdefault("num_kv_heads", kv_heads_of(config))
     if defaults["local_window"].default is None and (window := window_of(config)) is not None:
         options.setdefault("local_window", window)
+    if not family_of(config).rotary and options.get("max_distance") is not None:
+        raise InputError(
+            f"max_distance is {options['max_distance']}; {config.model_type} has no rotary positions: leave it out"
+        )
     if family_of(config).rotary and "max_distance" in defaults:
         options.setdefault("max_distance", trained_distance(config, options, defaults))
     if not sliding_layers(config) and not rotates_by_layer(config):  # the mechanism has the window now
