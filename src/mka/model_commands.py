@@ -47,9 +47,6 @@ class ConvertConfig:
     """Long-term chunks retrieved for each token; 0: no long-term level."""
     longterm_positions: LongTermPositions = "true"
     """Where retrieved keys stand: at their own distance (true), at the window's edge (clamped), or nowhere (none)."""
-    max_distance: int | None = None
-    """The furthest that a sink or a retrieved key stands from its query, in tokens; default: what the model was trained
-    for. Less may find more: few texts of a training are that long."""
     session_decay: SessionDecay = "learned"
     """Decay of the session average, which is shut until it is trained: learned, or from 0 to 1; None: no session."""
     session_stride: int = 16
@@ -67,7 +64,7 @@ class ConvertConfig:
                 raise unknown_name(name, getattr(self, name), allowed)
         session = (self.session_decay, self.session_stride, self.session_slots)
         check_memory(self.local_window, self.chunk_size, self.top_k, *session)
-        check_distance(self.local_window, check_sinks(self.local_window, self.sink_tokens), self.max_distance)
+        check_distance(self.local_window, check_sinks(self.local_window, self.sink_tokens), None)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -75,7 +72,6 @@ class ConvertConfig:
         names = ["local_window", "sink_tokens"]
         names += OF_MEMORIES if self.attention_type in ("mka", "fmka") else ()
         names += OF_MKA if self.attention_type == "mka" else ()
-        names += ["max_distance"] if self.max_distance is not None else ()
         return {name: getattr(self, name) for name in names} | {"memory_layers": self.memory_layers}
 
 

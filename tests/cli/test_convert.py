@@ -92,17 +92,6 @@ def test_the_dtype_that_is_asked_for(pretrained: Path, tmp_path: Path, capsys: p
     assert "quantization_config" not in json.loads((output / "config.json").read_text())
 
 
-def test_the_distance_that_is_asked_for(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for distance, name in ((None, "own"), (20, "near")):
-        flag = () if distance is None else ("--max_distance", distance)
-        assert run(capsys, "--model", pretrained, "--output", tmp_path / name, *SMALL, *flag)[0] == 0
-        made = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert {layer.max_distance for layer in mechanisms(made)} == {distance or LLAMA["max_position_embeddings"]}
-    status, _, err = run(capsys, "--model", pretrained, "--output", tmp_path / "no", *SMALL, "--max_distance", 11)
-    assert (status, err.count("\n")) == (2, 1)
-    assert "max_distance is 11; it must be at least local_window and sink_tokens together, 12" in err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -138,6 +138,7 @@ def test_what_cannot_be_converted_is_said_in_one_line() -> None:
     refused("attention is 'mla'; a pretrained model can become: mha, mqa, gqa, mka, fmka", pretrained("llama"), "mla")
     refused("num_kv_heads is 4; it must divide the model's 3|num_kv_heads is 4", three_groups(), "gqa", num_kv_heads=4)
     refused("fmka has no option 'windw'; .*nearest: 'local_window'", pretrained("gpt2"), windw=3)
+    refused("max_distance is 90; gpt2 has no rotary positions", pretrained("gpt2"), local_window=8, max_distance=90)
     refused("bias is decided by the backbone's configuration", pretrained("gpt2"), bias=True)
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     refused("rope_type is 'dynamic'", LlamaForCausalLM(LlamaConfig(**LLAMA, **TOKEN_IDS, rope_parameters=rope)))
