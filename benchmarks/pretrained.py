@@ -49,8 +49,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "mka joint, 32 chunks of 8": ("mka", {"chunk_size": 8, "top_k": 32}),
     "mka joint, 32 chunks of 8, near": ("mka", {"chunk_size": 8, "top_k": 32, "max_distance": 2048}),
 }
-"""Of the pretrained model, which is "full"; a window of --local_window. mka routed is opened as its router starts; near:
-nothing stands further away than 2,048 tokens."""
+"""Of the pretrained model, which is "full"; a window of --local_window. mka routed is opened as its router
+starts; near: nothing stands further away than 2,048 tokens."""
 PIECE = 4096
 MEASURED, LEAST, NOT_TEXT = 140, 8000, ("encodings", "site-packages", "test")
 """Articles that are measured, the first ones; of texts to adapt a model with, the characters, and packages left out."""
