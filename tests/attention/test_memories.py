@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import checks
-from mka.attention import CausalAttention, FastMemoryKeyedAttention, MemoryKeyedAttention
+from mka.attention import CausalAttention, FastMemoryKeyedAttention, MemoryKeyedAttention, build_attention
 from mka.memory.longterm import chunk_means
 from mka.memory.search import AsRead, Limits, retrieve, retrieve_as_read
+from mka.ops.rotary import RotaryEmbedding
 
 WINDOW, CHUNK, TOKENS, PLANTED = 8, 4, 40, 1
 every_memory_kind = pytest.mark.parametrize("kind", ["mka", "fmka"])
@@ -73,6 +74,24 @@ def test_however_many_chunks_are_proposed(variant: str, proposed: int, monkeypat
         state, y = attn.initial_state(2), attn(x)[0]
         parts = [attn(part, state=state)[0] for part in x.split([13, 1, 1, 25], dim=1)]
         checks.close(torch.cat(parts, 1), y)
+
+
+@torch.no_grad()
+def test_in_bfloat16_the_choice_of_chunks_does_not_depend_on_the_future() -> None:
+    """Whether neighbours read together is decided for the whole row: here by what follows, alike or unlike."""
+    generator = torch.Generator().manual_seed(3)
+
+    def smooth(tokens: int, width: int) -> torch.Tensor:
+        x = torch.randn(1, tokens + width - 1, 64, generator=generator).unfold(1, width, 1).sum(-1)
+        return torch.nn.functional.layer_norm(x, (64,)).bfloat16()
+
+    memories = {"num_kv_heads": 2, "local_window": 32, "chunk_size": 4, "top_k": 4}
+    attn = build_attention("mka", hidden_size=64, num_heads=4, rotary=RotaryEmbedding(16), **memories)
+    for parameter in attn.parameters():
+        torch.nn.init.normal_(parameter, std=0.15, generator=generator)
+    attn, past = attn.bfloat16(), smooth(512, 8)
+    one, other = (attn(torch.cat([past, smooth(1536, width)], 1))[0][:, :512].float() for width in (200, 1))
+    assert (one - other).abs().max() <= 1e-2 * one.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["mka", "fmka"])

@@ -267,6 +267,8 @@ def test_by_keys_each_head_has_the_say_of_what_it_reads_in_chunks() -> None:
     assert best_by_keys(proposed, sums, window, 1).chunk.tolist() == [[[[2]]]]
     assert best_by_keys(proposed, sums, window, 2).chunk.flatten().tolist() == [2, 7]
     assert best_by_keys(proposed, sums, window.flip(-1), 1).chunk.tolist() == [[[[5]]]]
+    assert best_by_keys(proposed, sums, window + 400, 1).chunk.tolist() == [[[[2]]]]
+    assert best_by_keys(proposed, sums, window.flip(-1) + 400, 1).chunk.tolist() == [[[[5]]]]  # in no head any share
     every = best_by_keys(proposed, sums, window, 4)
     assert every.found.flatten().tolist() == [True, True, True, False]
     assert sorted(every.chunk[every.found].tolist()) == [2, 5, 7]

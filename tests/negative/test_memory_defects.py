@@ -75,7 +75,7 @@ def heads_choose_by_their_sum(patch: pytest.MonkeyPatch) -> None:
 def keys_choose_without_the_window(patch: pytest.MonkeyPatch) -> None:
     """A head that reads its window alone has as much to say as one that reads chunks."""
     real = search.best_by_keys
-    patch.setattr(held, "best_by_keys", lambda proposed, sums, others, k: real(proposed, sums, others - 1e9, k))
+    patch.setattr(held, "best_by_keys", lambda proposed, sums, window, k: real(proposed, sums, window - 1e9, k))
 
 
 def sinks_make_their_chunk_attractive(patch: pytest.MonkeyPatch) -> None:
@@ -87,8 +87,8 @@ def sinks_make_their_chunk_attractive(patch: pytest.MonkeyPatch) -> None:
 def the_bias_is_forgotten_where_chunks_are_chosen(patch: pytest.MonkeyPatch) -> None:
     real = MemoryKeyedAttention.read_long_term
 
-    def without(attn: Any, raw: tuple[Tensor, Tensor], rotated: Any, v: Tensor, others: Tensor, *rest: Any) -> Any:
-        return real(attn, raw, rotated, v, others + attn.router.biases(raw[0])[..., 2], *rest)
+    def without(attn: Any, raw: tuple[Tensor, Tensor], rotated: Any, v: Tensor, window: Tensor, *rest: Any) -> Any:
+        return real(attn, raw, rotated, v, window + attn.router.biases(raw[0])[..., 2], *rest)
 
     patch.setattr(MemoryKeyedAttention, "read_long_term", without)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from checks import close
+from mka.memory import longterm
 from mka.memory.longterm import Retrieved, gather_chunks, gathered_sums
 from mka.ops import chunks, unions
 from mka.ops.attend import attend_masked
@@ -155,6 +156,24 @@ def test_sums_of_each_chunk(
     ):
         assert ours is not None
         close(ours.exp(), wanted.exp())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sums_do_not_depend_on_the_way(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen by them would depend on it too, and the way depends on the whole call."""
+    q, k, _, retrieved, chunk_size = inputs(CASES[2])
+    q, k = (x.detach().to(torch.float32 if autocast else dtype) for x in (q, k))
+    found = []
+    for gathered, union in ((10**9, 0), (0, 10**9), (0, 0)):
+        monkeypatch.setattr(longterm, "GATHERED_PAIRS", gathered)
+        monkeypatch.setattr(longterm, "GATHERED_PAIRS_PER_CHUNK", 0)
+        monkeypatch.setattr(unions, "LARGEST_UNION", union)
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            found.append(longterm.sums_in_chunks(q, k, retrieved, chunk_size))
+    assert {sums.dtype for sums in found} == {torch.float32}
+    for other in found[1:]:
+        close(other.exp(), found[0].exp())
 
 
 def test_the_operator_of_sums() -> None:

@@ -146,8 +146,8 @@ class MemoryKeyedAttention(MemoryAttention):
             reads.append((SESSION, self.read_session(rotated[0], m, positions, state)))
         if self.top_k:
             raw = (q, k)
-            others = local.sums - biases[..., LONG_TERM] if biases is not None else None
-            reads += [(LONG_TERM, read) for read in self.read_long_term(raw, rotated, v, others, positions, state)]
+            window = None if biases is None else local.sums - biases[..., LONG_TERM]
+            reads += [(LONG_TERM, read) for read in self.read_long_term(raw, rotated, v, window, positions, state)]
         o = self.routed(q, reads, t, state) if biases is None else self.joint(reads, biases)
         return self.o_proj(o.flatten(2))
 
@@ -194,13 +194,13 @@ class MemoryKeyedAttention(MemoryAttention):
         raw: tuple[Tensor, Tensor],
         rotated: tuple[Tensor, Tensor],
         v: Tensor,
-        others: Tensor | None,
+        window: Tensor | None,
         positions: Tensor | None,
         state: State | None,
     ) -> list[Read]:
         """a_3 (B, T, H, D) of queries (B, T, H, D) and keys (B, T, G, D), as projected and as rotated.
 
-        others (B, T, H), with the joint mix: the log-sum-exp of what else a head reads, less the bias of this level.
+        window (B, T, H), with the joint mix: the log-sum-exp of what a head reads there, less the bias of this level.
         Nothing where no token has a candidate; two reads where some chunks are read at their distance, others at
         `max_distance`.
         """
@@ -214,17 +214,18 @@ class MemoryKeyedAttention(MemoryAttention):
         q_far = q if near is None else self.rotate(raw[0], self.farthest(q))
         asked, limits = asked_at(v, state), self.limits(state)
 
-        def turn(k: Tensor, row: Tensor, chunk: Tensor) -> Tensor:
-            back = -places.expand(len(v), -1)[row, chunk] if places is not None else chunk
-            return self.turned(k.unsqueeze(2), back.unsqueeze(1)).squeeze(2)
-
         def meetings(retrieved: Retrieved) -> list[Meeting]:
-            if near is None:
+            if near is None or places is None:
                 return [Meeting(q, retrieved)]
             close_by, beyond = retrieved.split(near)
+            back = -places.expand(len(v), -1)
+
+            def turn(k: Tensor, row: Tensor, chunk: Tensor) -> Tensor:
+                return self.turned(k.unsqueeze(2), back[row, chunk].unsqueeze(1)).squeeze(2)
+
             return [Meeting(q, close_by), Meeting(q_far, beyond, turn)]
 
-        if others is None:
+        if window is None:
             retrieved = retrieve(self.index_queries(raw[0]), chunks.means, limits, asked)
         else:
             far = None if near is None or chunks.far_means is None else AsRead(q_far, chunks.far_means)
@@ -232,7 +233,7 @@ class MemoryKeyedAttention(MemoryAttention):
             by_keys = wider.top_k > self.top_k
             retrieved = retrieve_as_read(AsRead(q, chunks.means), far, near, wider, asked, by_place=by_keys)
             if by_keys:
-                retrieved = rerank(meetings(retrieved), chunks, retrieved, others, limits)
+                retrieved = rerank(meetings(retrieved), chunks, retrieved, window, limits)
         self.watched(retrieved)
         found = meetings(retrieved)
         lse = self.is_joint or len(found) > 1

@@ -118,8 +118,8 @@ def naive_mka(attn: MemoryKeyedAttention, x: Tensor, positions: Tensor) -> Itera
         if attn.top_k and (t + 1) % attn.chunk_size == 0:
             chunks.add(raw, places)
         logits = router_logits(attn, q) if attn.is_joint else None
-        others = local[1] if logits is None else local[1] - (logits[2] - logits[0])
-        levels = [local, session_read, read_chunks(attn, q, t, position, values, chunks, others)]
+        window = local[1] if logits is None else local[1] - (logits[2] - logits[0])
+        levels = [local, session_read, read_chunks(attn, q, t, position, values, chunks, window)]
         yield attn.o_proj(mixed(attn, q, levels, logits).flatten())
 
 
@@ -195,11 +195,12 @@ def read_chunks(
     position: Tensor,
     values: list[Tensor],
     held: Chunks,
-    others: Tensor,
+    window: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What one query (H, D) reads in the chunks that its groups choose, and its log-sum-exps.
 
-    The query meets each chunk at the distance that the two have; others (H,) is the log-sum-exp of all else.
+    The query meets each chunk at the distance that the two have; window (H,) is the log-sum-exp of what it reads
+    there, less the bias of the chunks.
     """
     size, groups, root = attn.chunk_size, attn.num_kv_heads, q.shape[-1] ** 0.5
     completed = max(0, (t + 1 - (attn.local_window or 0)) // size) if attn.top_k else 0
@@ -226,8 +227,8 @@ def read_chunks(
         if (count := attn.proposed(len(chunks))) > attn.top_k:
             proposed = sorted(best(mass, count))
             totals = torch.stack([scores_of(i).logsumexp(1) for i in proposed])  # (N, R)
-            total = torch.logaddexp(others.unflatten(0, (groups, -1))[group], totals.logsumexp(0))
-            chosen = [proposed[i] for i in best((totals - total).exp().sum(1), attn.top_k)]
+            total = torch.logaddexp(window.unflatten(0, (groups, -1))[group], totals.logsumexp(0))
+            chosen = [proposed[i] for i in best((totals - total).logsumexp(1), attn.top_k)]
         tokens = [s for i in chosen for s in range(chunks[i] * size, (chunks[i] + 1) * size)]
         scores = torch.cat([scores_of(i) for i in chosen], dim=1)
         read, total = weighed(scores, [values[s][group, None] for s in tokens])

@@ -20,7 +20,8 @@ class Chunks(NamedTuple):
     """The chunks of a call: tokens, in order or as they are stored; what they are found by, near and far; where they
     begin.
 
-    keys, values (B, S, G, D) or records; means, far_means (B, J, G, D); places (B or 1, J), None: without positions.
+    keys, values (B, S, G, D) or records; means, far_means (B, J, G, D); places (B or 1, J), None: without positions;
+    the first `banked` chunks are a bank's.
     """
 
     keys: Tensor | Records
@@ -95,12 +96,12 @@ def sums_held(meeting: Meeting, chunks: Chunks, chunk_size: int, sinks: int) -> 
 
 
 def rerank(
-    meetings: Sequence[Meeting], chunks: Chunks, proposed: Retrieved, others: Tensor, limits: Limits
+    meetings: Sequence[Meeting], chunks: Chunks, proposed: Retrieved, window: Tensor, limits: Limits
 ) -> Retrieved:
-    """The K of those `proposed` in which the heads would read most; `meetings` are theirs, others as `best_by_keys`
-    takes them."""
+    """The K of those `proposed` in which the heads would read most; `meetings` are theirs, window as `best_by_keys`
+    takes it."""
     sums = [sums_held(meeting, chunks, limits.chunk_size, limits.sinks) for meeting in meetings]
-    return best_by_keys(proposed, sums[0] if len(sums) == 1 else torch.maximum(*sums), others, limits.top_k)
+    return best_by_keys(proposed, sums[0] if len(sums) == 1 else torch.maximum(*sums), window, limits.top_k)
 
 
 def rows(

@@ -24,7 +24,7 @@ from mka.memory.state import State
 from mka.memory.store import RecordForm, Records
 from mka.ops.attend import Read, attend_masked, each
 from mka.ops.chunks import chunk_attention, chunk_sums
-from mka.ops.precision import no_autocast, upcast, wide
+from mka.ops.precision import no_autocast, upcast, wide, without_autocast
 from mka.ops.unions import attend_unions, union_sums
 
 INDEX_STORES = ("chunk_mean", "far_mean", "chunk_place", "index_key")
@@ -210,6 +210,7 @@ def gather_chunks(
 
 
 @torch.no_grad()
+@without_autocast
 def sums_in_chunks(
     q: Tensor, k: Tensor, retrieved: Retrieved, chunk_size: int, seen: Tensor | None = None, *, sinks: int = 0
 ) -> Tensor:

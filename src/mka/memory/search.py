@@ -4,7 +4,7 @@
     retrieve_as_read  the sum over a group's heads of softmax_j(q . s_j / sqrt(D)), over all candidates j, with queries
                       and mean keys as they will be read
     best_by_keys      of chunks proposed so, by what the heads would read in each: the share of its tokens in one
-                      softmax with all else that a query reads
+                      softmax with window and sinks
 
 A softmax for each head lets one head that is sure outvote many that are not, which a sum of scores does not.
 """
@@ -25,7 +25,7 @@ SCORES, SCORES_ON_GPU = 2**20, 2**26
 
 
 class Retrieved(NamedTuple):
-    """Both (B, T, G, K). chunk: which ones, best first; found: False where there were fewer candidates."""
+    """Both (B, T, G, K). chunk: which ones, best first or by place; found: False where there were fewer candidates."""
 
     chunk: Tensor
     found: Tensor
@@ -175,15 +175,15 @@ def retrieve_as_read(
 
 
 @torch.no_grad()
-def best_by_keys(proposed: Retrieved, sums: Tensor, others: Tensor, top_k: int) -> Retrieved:
+def best_by_keys(proposed: Retrieved, sums: Tensor, window: Tensor, top_k: int) -> Retrieved:
     """The K of those proposed of which a group's heads would read most.
 
     proposed (B, T, G, N), the earlier chunk first; sums (B, T, G, N, R): the log-sum-exp of each head's scores in
     them, -inf where nothing was found; others (B, T, H): that of all else which the head reads.
     """
-    total = torch.logaddexp(others.unflatten(2, sums.shape[2:5:2]), sums.logsumexp(3)).unsqueeze(3)
-    mass = (sums - total).exp().nan_to_num_().sum(-1).masked_fill_(~proposed.found, -torch.inf)
-    score, place = kept(*top_by_place(mass, top_k), top_k)
+    total = torch.logaddexp(window.unflatten(2, sums.shape[2:5:2]), sums.logsumexp(3)).unsqueeze(3)
+    share = (sums - total).nan_to_num_().logsumexp(-1)  # a huge finite query may overflow
+    score, place = kept(*top_by_place(share.masked_fill_(~proposed.found, -torch.inf), top_k), top_k)
     found = score > -torch.inf
     return Retrieved(proposed.chunk.gather(3, place).masked_fill(~found, 0), found)
 

@@ -149,8 +149,7 @@ def union_sums(
         return None
     queries = tiles.queries(q)
     keys = k[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size))
-    # bfloat16 has float32's range, and its products are three times as fast; its rounding moves near ties alone
-    product = q.dtype if q.dtype == torch.bfloat16 else wide(q.dtype)
+    # Not in bfloat16, which is faster: what is chosen would depend on the way, and so on later tokens.
     partly = torch.zeros(chunks, dtype=torch.bool, device=q.device)
     if seen is not None:
         seen = seen[: chunks * chunk_size].view(chunks, chunk_size)
@@ -158,12 +157,12 @@ def union_sums(
     sums = []
     for tile in gathered(tiles, chunk_size * max(width, QUERIES * queries.shape[1])):
         count, union = tile.listed.shape
-        asking = queries[tile.part].flatten(1, 2).to(product)
-        scores = asking @ keys[tile.at].flatten(1, 2).to(product).mT  # (N, R Q, U c)
-        own = torch.arange(0, scores[..., ::chunk_size].numel(), union, device=q.device)
+        asking = queries[tile.part].flatten(1, 2).to(wide(q.dtype))
+        scores = asking @ keys[tile.at].flatten(1, 2).to(asking.dtype).mT  # (N, R Q, U c)
+        own = torch.arange(0, scores.shape[1] * count * union, union, device=q.device)
         own = own.view(count, -1, QUERIES, 1) + tile.column.clamp(max=union - 1).unsqueeze(1)  # (N, R, Q, K)
         mine = scores.view(-1, chunk_size).index_select(0, own.flatten()).view(*own.shape, chunk_size)
-        mine = mine.to(wide(q.dtype)).mul_(1 / math.sqrt(width))
+        mine = mine.mul_(1 / math.sqrt(width))
         chosen = tiles.chosen[tile.part]
         if seen is not None:
             n, i, j = partly[chosen].nonzero().unbind(1)
