@@ -5,7 +5,8 @@ python examples/passkey_example.py --attention_type mha --local_window None
 python examples/passkey_example.py --surroundings stdlib --output_dir runs/passkey-stdlib
 
 Around the key stand the same few sentences, over and over, or Python's standard library (train split; `mka eval needle
---surroundings stdlib` takes its test split). The tokens are a BPE of 1,024 either way.
+--surroundings stdlib` takes its test split), which the model then learns to read besides. The tokens are a BPE of 1,024
+either way.
 """
 
 import sys
@@ -27,7 +28,7 @@ from mka.folders import claimed
 from mka.limits import InputError
 from mka.models import build_model
 from mka.storage import replace_folder
-from mka.training import answers_right, train_on_answers
+from mka.training import answers_and_text_loss, answers_loss, answers_right, train_on_answers
 
 HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS = 128, 2, 2
 LENGTHS, TOKENS_A_STEP = (96, 128, 256, 512, 1024), 4096
@@ -52,7 +53,7 @@ class Example:
     top_k: int = 4
     """Of mka and fmka: chunks of 16 that are retrieved."""
     surroundings: Literal["filler", "stdlib"] = "filler"
-    """What stands around the key."""
+    """What stands around the key; stdlib: every token of the text is trained on too, beside the answers."""
     max_steps: int = 1500
     """Optimiser steps of 4,096 tokens."""
     learning_rate: float = 3e-3
@@ -121,7 +122,8 @@ def main(example: Example) -> None:
     name = f"{kind}{window}-seed{example.seed}"
     folder = Path(example.output_dir) / name
     with claimed(folder.parent, name):
-        train_on_answers(model, batch_at, example.max_steps, example.learning_rate, look)
+        loss_of = answers_loss if example.surroundings == "filler" else answers_and_text_loss
+        train_on_answers(model, batch_at, example.max_steps, example.learning_rate, look, loss_of)
         replace_folder(folder, save)
     print(f"Saved  {folder}; mka eval needle --model {folder}")
 

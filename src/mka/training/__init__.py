@@ -1,6 +1,6 @@
 """One training loop on any number of ranks, its precision, its checkpoints and its memory meter."""
 
-from mka.training.answers import answers_right, train_on_answers
+from mka.training.answers import answers_and_text_loss, answers_loss, answers_right, train_on_answers
 from mka.training.checkpoint import Checkpoint, Checkpoints
 from mka.training.costs import OutOfMemory, StepMemory, activation_bytes, advice, is_out_of_memory
 from mka.training.deepspeed_config import deepspeed_settings
@@ -27,6 +27,8 @@ __all__ = [
     "TrainingRun",
     "activation_bytes",
     "advice",
+    "answers_and_text_loss",
+    "answers_loss",
     "answers_right",
     "choose_precision",
     "deepspeed_settings",

@@ -1,4 +1,4 @@
-"""Training on answers alone: the tokens that are due in a batch of recall, and no others."""
+"""Training on answers: the tokens that are due in a batch of recall, alone or beside the text that they stand in."""
 
 import time
 from collections.abc import Callable
@@ -21,8 +21,32 @@ def answer_logits(model: Any, batch: RecallBatch) -> tuple[Tensor, Tensor]:
     return model.lm_head(hidden[due]), batch.targets.to(model.device)[due]
 
 
+def answers_loss(model: Any, batch: RecallBatch) -> Tensor:
+    """Nats per answer's token, mean."""
+    return cross_entropy(*answer_logits(model, batch))
+
+
+def answers_and_text_loss(model: Any, batch: RecallBatch) -> Tensor:
+    """Nats per answer's token plus nats per token of the rows, both means.
+
+    The answers of a few rows are a weak signal: a model can do fairly well by naming the key's digits in any order.
+    Text teaches it to read on from where the same tokens stood before, which is what an answer needs.
+    """
+    hidden = model.base_model(batch.tokens.to(model.device), use_cache=False).last_hidden_state
+    logits, tokens = model.lm_head(hidden), batch.tokens.to(model.device)
+    targets = batch.targets.to(model.device)
+    due = targets != NOT_ASKED
+    text = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    return cross_entropy(logits[due], targets[due]) + text
+
+
 def train_on_answers(
-    model: Any, batch_at: Callable[[int], RecallBatch], steps: int, learning_rate: float, look: Callable[[], str]
+    model: Any,
+    batch_at: Callable[[int], RecallBatch],
+    steps: int,
+    learning_rate: float,
+    look: Callable[[], str],
+    loss_of: Callable[[Any, RecallBatch], Tensor] = answers_loss,
 ) -> None:
     """`minimise` over `batch_at(0)`, `batch_at(1)`, ...; every 100 steps a line with what `look` says."""
     begun = time.perf_counter()
@@ -32,7 +56,7 @@ def train_on_answers(
             seconds = time.perf_counter() - begun
             print(f"step {step + 1}/{steps}, {seconds:.0f} s, loss {loss:.3f}; {look()}", flush=True)
 
-    minimise(model, lambda step: cross_entropy(*answer_logits(model, batch_at(step))), steps, learning_rate, after)
+    minimise(model, lambda step: loss_of(model, batch_at(step)), steps, learning_rate, after)
 
 
 @torch.no_grad()
