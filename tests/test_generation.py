@@ -131,6 +131,7 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
         ("--model", folder, "--prompt", "x", "--prompt_file", "y"): "give one of --prompt and --prompt_file",
         ("--model", folder, "--prompt_file", tmp_path / "none.txt"): "none.txt",
         ("--model", tmp_path / "empty", "--prompt", "x"): "without config.json is no saved model",
+        ("--model", tmp_path / "strange" / "config.json", "--prompt", "x"): "it is a file; give the folder",
         ("--model", tmp_path / "strange", "--prompt", "x"): "it cannot be loaded",
         ("--model", tmp_path / "nowhere", "--prompt", "x"): "the hub cannot be reached|cannot be loaded",
         ("--model", folder, "--prompt", "x", "--temperature", "-1"): "temperature is -1.0; it must be 0 or above",

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 Mix = Literal["joint", "routed"]
 MIXES: tuple[Mix, ...] = ("joint", "routed")
@@ -41,11 +41,18 @@ def check_at_least(name: str, value: float | None, least: float) -> None:
         raise InputError(f"{name} is {value}; it must be at least {least}")
 
 
+def check_whole(name: str, value: Any, least: int) -> None:
+    """None, or a whole number that is not too small; True and False are no numbers here."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    check_at_least(name, value, least)
+
+
 def check_sinks(local_window: int | None, sink_tokens: int | None) -> int:
     """How many sinks there are: those that were asked for, or 4, or as many as fit; without a window there are none."""
     if sink_tokens is None:
         return 0 if local_window is None else min(SINK_TOKENS, local_window - 1)
-    check_at_least("sink_tokens", sink_tokens, 0)
+    check_whole("sink_tokens", sink_tokens, 0)
     if sink_tokens and (local_window is None or sink_tokens >= local_window):
         where = "there is no local_window" if local_window is None else f"local_window is {local_window}"
         raise InputError(
@@ -56,6 +63,7 @@ def check_sinks(local_window: int | None, sink_tokens: int | None) -> int:
 
 def check_distance(local_window: int | None, sinks: int, max_distance: int | None) -> int | None:
     """A distance that no window reaches: within one, keys stand where they are."""
+    check_whole("max_distance", max_distance, 1)
     if max_distance is not None:
         least = (local_window or 0) + sinks
         if max_distance < max(1, least):
@@ -67,11 +75,12 @@ def check_distance(local_window: int | None, sinks: int, max_distance: int | Non
 
 def check_heads(hidden_size: int, num_heads: int, num_kv_heads: int, kv_option: str = "num_kv_heads") -> None:
     """H must divide C, and G (called `kv_option`) must divide H; otherwise an InputError that lists the divisors."""
-    check_at_least("hidden_size", hidden_size, 1)
-    check_at_least("num_heads", num_heads, 1)
+    check_whole("hidden_size", hidden_size, 1)
+    check_whole("num_heads", num_heads, 1)
     if hidden_size % num_heads:
         raise InputError(f"num_heads is {num_heads}; it must divide hidden_size {hidden_size}: {divisors(hidden_size)}")
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
+    check_whole(kv_option, num_kv_heads, 1)
+    if num_heads % num_kv_heads:
         raise InputError(f"{kv_option} is {num_kv_heads}; it must divide the {num_heads} heads: {divisors(num_heads)}")
 
 
@@ -84,11 +93,11 @@ def check_memory(
     session_slots: int | None = None,
 ) -> None:
     """Limits of the three memory levels; raises InputError."""
-    check_at_least("local_window", local_window, 1)
-    check_at_least("chunk_size", chunk_size, 1)
-    check_at_least("top_k", top_k, 0)
-    check_at_least("session_stride", session_stride, 1)
-    check_at_least("session_slots", session_slots, 1)
+    check_whole("local_window", local_window, 1)
+    check_whole("chunk_size", chunk_size, 1)
+    check_whole("top_k", top_k, 0)
+    check_whole("session_stride", session_stride, 1)
+    check_whole("session_slots", session_slots, 1)
     if session_decay not in ("learned", None) and not (isinstance(session_decay, float) and 0 < session_decay < 1):
         raise InputError(f"session_decay is {session_decay!r}; it must be 'learned', None or between 0 and 1")
 

@@ -25,7 +25,7 @@ OF_MKA = ("mix", "longterm_positions", "session_stride", "session_slots")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Give a pretrained model another attention, and save it: it reads on beyond its window in bounded memory."""
+    """Give a pretrained model another attention and save it, such as mka, which reads on beyond its window."""
 
     model: str
     """Folder of a saved model, a name on the hub, or a .gguf file (with the package gguf)."""

@@ -150,3 +150,18 @@ def test_what_cannot_be_converted_is_said_in_one_line() -> None:
 def three_groups() -> Any:
     sizes = LLAMA | {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 3}
     return LlamaForCausalLM(LlamaConfig(**sizes, **TOKEN_IDS))
+
+
+@pytest.mark.parametrize("name", ["local_window", "sink_tokens", "chunk_size", "top_k", "max_distance", "num_kv_heads"])
+@pytest.mark.parametrize("value", ["big", 2.5, True])
+def test_what_counts_is_a_whole_number(name: str, value: Any) -> None:
+    refused(f"{name} is {value!r}; it must be a whole number", pretrained("llama"), "mka", **{name: value})
+
+
+def test_an_unknown_option_is_told_of_all_that_there_are() -> None:
+    refused(
+        "mka has no option 'memory_layer'; allowed: .*nearest: 'memory_layers'",
+        pretrained("llama"),
+        "mka",
+        memory_layer=2,
+    )

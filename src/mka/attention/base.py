@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mka.limits import InputError, check_at_least, check_distance, check_heads, check_sinks
+from mka.limits import InputError, check_distance, check_heads, check_sinks, check_whole
 from mka.memory.entry import Entry
 from mka.memory.local import token_index
 from mka.memory.places import LongTerm
@@ -44,8 +44,8 @@ class CausalAttention(nn.Module, ABC):
     ) -> None:
         super().__init__()
         check_heads(hidden_size if head_dim is None else num_heads * head_dim, num_heads, num_kv_heads)
-        check_at_least("head_dim", head_dim, 1)
-        check_at_least("local_window", local_window, 1)
+        check_whole("head_dim", head_dim, 1)
+        check_whole("local_window", local_window, 1)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mka.attention.base import Bias
 from mka.attention.grouped import MemoryAttention
-from mka.limits import SessionDecay, check_at_least
+from mka.limits import SessionDecay, check_whole
 from mka.memory.entry import Entry
 from mka.memory.local import token_index
 from mka.memory.longterm import asked_at, chunk_entries, chunk_means, read_summaries, write_chunk_means
@@ -61,7 +61,7 @@ class FastMemoryKeyedAttention(MemoryAttention):
     ) -> None:
         shared = (chunk_size, top_k, session_decay, router_size, head_dim, bias, rotary, sink_tokens, max_distance)
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
-        check_at_least("index_size", index_size, 1)
+        check_whole("index_size", index_size, 1)
         self.index_size = index_size
         if top_k:
             self.index_q_proj = nn.Linear(hidden_size, index_size, bias=False)

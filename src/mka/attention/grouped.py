@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mka.attention.base import Bias, CausalAttention, normalise
-from mka.limits import InputError, SessionDecay, check_at_least, check_memory
+from mka.limits import InputError, SessionDecay, check_memory, check_whole
 from mka.memory.entry import Entry
 from mka.memory.local import attend_local, local_entries, shown_here, token_index
 from mka.memory.router import LOCAL, LONG_TERM, NUM_LEVELS, SESSION, Router
@@ -197,7 +197,7 @@ class MemoryAttention(GroupedAttention):
         shared = (head_dim, bias, rotary, sink_tokens, max_distance)
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared)
         check_memory(local_window, chunk_size, top_k, session_decay)
-        check_at_least("router_size", router_size, 1)
+        check_whole("router_size", router_size, 1)
         self.chunk_size = chunk_size
         self.top_k = top_k
         self.router_size = router_size or max(1, hidden_size // 2)

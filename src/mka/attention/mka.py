@@ -31,7 +31,7 @@ from mka.limits import (
     LongTermPositions,
     Mix,
     SessionDecay,
-    check_at_least,
+    check_whole,
     unknown_name,
 )
 from mka.memory.entry import Entry
@@ -99,8 +99,8 @@ class MemoryKeyedAttention(MemoryAttention):
             top_k = min(top_k, 0)  # nothing lies outside the window; a negative number still meets its check
         shared = (chunk_size, top_k, session_decay, router_size, head_dim, bias, rotary, sink_tokens, max_distance)
         super().__init__(hidden_size, num_heads, num_kv_heads, local_window, *shared, mix_by_head=mix == "joint")
-        check_at_least("session_stride", session_stride, 1)
-        check_at_least("session_slots", session_slots, 1)
+        check_whole("session_stride", session_stride, 1)
+        check_whole("session_slots", session_slots, 1)
         self.is_joint = mix == "joint"
         least = (local_window or 0) + chunk_size + self.sink_tokens
         if max_distance is not None and max_distance < least:

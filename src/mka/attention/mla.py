@@ -14,7 +14,7 @@ from torch import Tensor, cat, einsum, nn
 from torch.nn.modules import module
 
 from mka.attention.base import Bias, CausalAttention, normalise
-from mka.limits import InputError, check_at_least
+from mka.limits import InputError, check_whole
 from mka.memory.entry import Entry
 from mka.memory.local import attend_local, local_entries
 from mka.memory.state import State
@@ -50,8 +50,8 @@ class MultiHeadLatentAttention(CausalAttention):
         rotary: RotaryEmbedding | None = None,
     ) -> None:
         super().__init__(hidden_size, num_heads, num_heads, local_window, head_dim, bias, rotary, sink_tokens)
-        check_at_least("kv_lora_rank", kv_lora_rank, 1)
-        check_at_least("q_lora_rank", q_lora_rank, 1)
+        check_whole("kv_lora_rank", kv_lora_rank, 1)
+        check_whole("q_lora_rank", q_lora_rank, 1)
         if qk_rope_head_dim != (rotary.head_dim if rotary else 0):
             raise InputError(
                 f"qk_rope_head_dim is {qk_rope_head_dim}; it must be the head_dim of rotary, "

@@ -39,9 +39,10 @@ def check_options(attention_type: str, options: dict[str, Any]) -> None:
         if name in FROM_CONFIG:
             raise InputError(f"{name} is decided by the backbone's configuration; allowed: {', '.join(allowed)}")
         if name not in allowed:
+            known = [*allowed, *(["memory_layers"] if attention_type in WITH_MEMORY else [])]
             raise InputError(
-                f"{attention_type} has no option {name!r}; allowed: {', '.join(allowed)} (nearest: "
-                f"{nearest(name, allowed)!r})"
+                f"{attention_type} has no option {name!r}; allowed: {', '.join(known)} (nearest: "
+                f"{nearest(name, known)!r})"
             )
 
 

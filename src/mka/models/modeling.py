@@ -36,7 +36,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from mka.attention import ATTENTION_TYPES
-from mka.limits import SINK_TOKENS, InputError
+from mka.limits import SINK_TOKENS, InputError, check_whole
 from mka.memory.local import shown_weights
 from mka.models.adapter import PADDING_MASK, AttentionAdapter
 from mka.models.families import (
@@ -257,6 +257,8 @@ for model in MODELS.values():
 
 def trained_distance(config: Any, options: dict[str, Any], defaults: Any) -> int | None:
     """The distance that the backbone was made for; None where the window is no smaller."""
+    for name in ("local_window", "chunk_size", "sink_tokens"):
+        check_whole(name, options.get(name), 0)
     windows = [options.get(name, defaults[name].default) for name in ("local_window", "chunk_size") if name in defaults]
     reach = sum(size for size in windows if size is not None) + 1 + (options.get("sink_tokens") or SINK_TOKENS)
     limit = getattr(config, "max_position_embeddings", None)
