@@ -41,11 +41,12 @@ def check_at_least(name: str, value: float | None, least: float) -> None:
         raise InputError(f"{name} is {value}; it must be at least {least}")
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
+def check_whole(name: str, value: Any, least: int | None = None) -> None:
     """None, or a whole number that is not too small; True and False are no numbers here."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
-    check_at_least(name, value, least)
+        raise InputError(f"{name} is {value!r}; it must be a whole number")
+    if least is not None:
+        check_at_least(name, value, least)
 
 
 def check_sinks(local_window: int | None, sink_tokens: int | None) -> int:
@@ -79,8 +80,8 @@ def check_heads(hidden_size: int, num_heads: int, num_kv_heads: int, kv_option: 
     check_whole("num_heads", num_heads, 1)
     if hidden_size % num_heads:
         raise InputError(f"num_heads is {num_heads}; it must divide hidden_size {hidden_size}: {divisors(hidden_size)}")
-    check_whole(kv_option, num_kv_heads, 1)
-    if num_heads % num_kv_heads:
+    check_whole(kv_option, num_kv_heads)
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise InputError(f"{kv_option} is {num_kv_heads}; it must divide the {num_heads} heads: {divisors(num_heads)}")
 
 
