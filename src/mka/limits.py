@@ -64,7 +64,7 @@ def check_sinks(local_window: int | None, sink_tokens: int | None) -> int:
 
 def check_distance(local_window: int | None, sinks: int, max_distance: int | None) -> int | None:
     """A distance that no window reaches: within one, keys stand where they are."""
-    check_whole("max_distance", max_distance, 1)
+    check_whole("max_distance", max_distance)
     if max_distance is not None:
         least = (local_window or 0) + sinks
         if max_distance < max(1, least):

@@ -258,7 +258,7 @@ for model in MODELS.values():
 def trained_distance(config: Any, options: dict[str, Any], defaults: Any) -> int | None:
     """The distance that the backbone was made for; None where the window is no smaller."""
     for name in ("local_window", "chunk_size", "sink_tokens"):
-        check_whole(name, options.get(name), 0)
+        check_whole(name, options.get(name))  # the mechanism, which has their limits, is not made yet
     windows = [options.get(name, defaults[name].default) for name in ("local_window", "chunk_size") if name in defaults]
     reach = sum(size for size in windows if size is not None) + 1 + (options.get("sink_tokens") or SINK_TOKENS)
     limit = getattr(config, "max_position_embeddings", None)

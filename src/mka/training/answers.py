@@ -32,12 +32,10 @@ def answers_and_text_loss(model: Any, batch: RecallBatch) -> Tensor:
     The answers of a few rows are a weak signal: a model can do fairly well by naming the key's digits in any order.
     Text teaches it to read on from where the same tokens stood before, which is what an answer needs.
     """
-    hidden = model.base_model(batch.tokens.to(model.device), use_cache=False).last_hidden_state
-    logits, tokens = model.lm_head(hidden), batch.tokens.to(model.device)
-    targets = batch.targets.to(model.device)
-    due = targets != NOT_ASKED
-    text = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    return cross_entropy(logits[due], targets[due]) + text
+    tokens, targets = batch.tokens.to(model.device), batch.targets.to(model.device)
+    logits = model(tokens, use_cache=False).logits
+    answers = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_ASKED)
+    return answers + cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def train_on_answers(
