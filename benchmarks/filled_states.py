@@ -1,4 +1,4 @@
-"""States as they stand after a long context, filled with random numbers."""
+"""States as they are after a long context, filled with random numbers."""
 
 import torch
 
@@ -10,6 +10,8 @@ ROOM = 64
 
 
 def fill(state: State, context: int) -> State:
+    """Fill a new state as if `context` tokens had been read; returns the same state."""
+    # Reading a million tokens would take hours; for times and sizes the values do not matter.
     for name, entry in state.entries.items():
         held, limit = context // entry.every, state.limit(name)
         room = held + ROOM if limit is None else min(held + ROOM, limit)
@@ -18,7 +20,10 @@ def fill(state: State, context: int) -> State:
         state.tensors[name] = store(rows, room, entry.shape, entry.dtype, state.device)
         if entry.dtype.is_floating_point:
             state.tensors[name].normal_()
-        else:  # where chunks begin
-            state.tensors[name][:] = entry.every * torch.arange(room, device=state.device)[None, :, None]
+        else:
+            # Integers are the positions at which chunks begin.
+            state.tensors[name][:] = (
+                entry.every * torch.arange(room, device=state.device)[None, :, None]
+            )
     state.past, state.lengths, state.furthest = ([context] * state.batch_size for _ in range(3))
     return state

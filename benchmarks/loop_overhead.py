@@ -1,9 +1,10 @@
-"""What the training loop costs: tokens per second against a bare loop with the same model, optimiser and batches.
+"""What the training loop costs: its tokens per second, compared with a bare loop.
 
     python benchmarks/loop_overhead.py
 
-The quick preset's mha, float32 weights under the machine's default precision. Both loops take turns in one process,
-`--steps` steps a turn; the figure is the median of the ratios. One line of JSON last.
+Both loops have the same model, optimizer and batches: the quick preset with mha, float32 weights
+under the machine's default precision. They take turns in one process, `--steps` steps per turn; the
+result is the median of the ratios. The last line is JSON.
 """
 
 import json
@@ -27,12 +28,16 @@ class Options:
     """How long to measure."""
 
     turns: int = 9
+    """Number of turns that count."""
     steps: int = 4
-    """Steps of one loop in a turn."""
+    """Steps per loop and turn."""
 
 
-def bare_loop(model: nn.Module, batches: BlockBatches, steps: int, autocast: torch.autocast) -> None:
-    """What one would write by hand."""
+def bare_loop(
+    model: nn.Module, batches: BlockBatches, steps: int, autocast: torch.autocast
+) -> None:
+    """Train as one would write it by hand."""
+    # The same recipe as in mka.training.optimizer, but for its schedule, which costs no time.
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -47,10 +52,12 @@ def bare_loop(model: nn.Module, batches: BlockBatches, steps: int, autocast: tor
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        # The training loop reads each loss too, which waits for the device.
         loss.item()
 
 
 def main(options: Options) -> None:
+    """Measure both loops, and print their rates and the ratio."""
     keep_freed_memory()
     ranks = start_ranks()
     precision = choose_precision(ranks.device)
@@ -59,9 +66,11 @@ def main(options: Options) -> None:
     ours, bare = quick.model("mha"), quick.model("mha")
     seconds: dict[str, list[float]] = {"train": [], "bare": []}
     for turn in range(options.turns + 1):
+        # The held-out loss is not part of what is compared.
         run = train(ours, plan, look=lambda: 0.0)
         started = time.perf_counter()
         bare_loop(bare, quick.batches, options.steps, precision.autocast())
+        # The first turn warms up and does not count.
         if turn:
             seconds["train"].append(run.seconds)
             seconds["bare"].append(time.perf_counter() - started)
@@ -70,8 +79,12 @@ def main(options: Options) -> None:
         name: options.steps * QUICK.batch_size * QUICK.sequence_length / median(taken)
         for name, taken in seconds.items()
     }
-    print(f"train {rate['train']:,.0f} tokens/s, a bare loop {rate['bare']:,.0f}: {ratio:.3f} of it")
-    print(json.dumps({"ratio": ratio, "tokens_per_second": rate, "threads": torch.get_num_threads()}))
+    print(
+        f"train {rate['train']:,.0f} tokens/s, a bare loop {rate['bare']:,.0f}: {ratio:.3f} of it"
+    )
+    print(
+        json.dumps({"ratio": ratio, "tokens_per_second": rate, "threads": torch.get_num_threads()})
+    )
 
 
 if __name__ == "__main__":

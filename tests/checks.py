@@ -1,4 +1,5 @@
-"""The guarantees as functions: the contract runs them on every mechanism, the negative tests on planted defects."""
+"""The guarantees as functions: the contract runs them on every mechanism, the negative tests on
+planted defects."""
 
 import inspect
 from typing import Any
@@ -39,8 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biased": SMALL | {"bias": True, "q_lora_rank": 6, "kv_lora_rank": 3},
     "wide": SMALL | {"head_dim": 6, "bias": "qkv"},
     "rotary": SMALL | {"rotary": ROTARY, "qk_rope_head_dim": ROTARY.head_dim},
-    "far": SMALL | {"rotary": ROTARY, "qk_rope_head_dim": ROTARY.head_dim, "sink_tokens": 2, "max_distance": 10},
-    "routed": SMALL | {"mix": "routed", "longterm_positions": "clamped", "sink_tokens": 1, "rotary": ROTARY},
+    "far": SMALL
+    | {"rotary": ROTARY, "qk_rope_head_dim": ROTARY.head_dim, "sink_tokens": 2, "max_distance": 10},
+    "routed": SMALL
+    | {"mix": "routed", "longterm_positions": "clamped", "sink_tokens": 1, "rotary": ROTARY},
     "routed far": SMALL | {"mix": "routed", "rotary": ROTARY, "max_distance": 12},
     "clamped": SMALL | {"rotary": ROTARY, "longterm_positions": "clamped"},
     "one chunk": SMALL | {"top_k": 1, "rotary": ROTARY, "sink_tokens": 2},
@@ -48,17 +51,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 OF_MKA = ("routed", "routed far", "clamped", "unplaced", "one chunk")
 """Variants of what mka alone has; with one chunk there are many that the means do not propose."""
-CASES = [(kind, variant) for kind in ATTENTION_TYPES for variant in VARIANTS if variant not in OF_MKA or kind == "mka"]
+CASES = [
+    (kind, variant)
+    for kind in ATTENTION_TYPES
+    for variant in VARIANTS
+    if variant not in OF_MKA or kind == "mka"
+]
 
 
 def options_of(kind: str, wanted: dict[str, Any]) -> dict[str, Any]:
     """Those of the wanted options that the mechanism has."""
     return {
-        name: value for name, value in wanted.items() if name in inspect.signature(ATTENTION_TYPES[kind]).parameters
+        name: value
+        for name, value in wanted.items()
+        if name in inspect.signature(ATTENTION_TYPES[kind]).parameters
     }
 
 
-def make(kind: str, variant: str = "small", dtype: torch.dtype = torch.float64, **changes: Any) -> CausalAttention:
+def make(
+    kind: str, variant: str = "small", dtype: torch.dtype = torch.float64, **changes: Any
+) -> CausalAttention:
     """A small mechanism whose every parameter is random, routers and norms included."""
     sizes = {"hidden_size": HIDDEN_SIZE, "num_heads": NUM_HEADS}
     attn = build_attention(kind, **sizes, **options_of(kind, VARIANTS[variant] | changes)).to(dtype)
@@ -70,11 +82,14 @@ def make(kind: str, variant: str = "small", dtype: torch.dtype = torch.float64, 
 
 def rows(batch: int, tokens: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, tokens, HIDDEN_SIZE, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(batch, tokens, HIDDEN_SIZE, generator=generator, dtype=torch.float64).to(
+        dtype
+    )
 
 
 def close(a: Tensor, b: Tensor) -> None:
-    """Equal within the one table of tolerances, in units of the larger of 1 and the largest value."""
+    """Equal within the one table of tolerances, in units of the larger of 1 and the largest
+    value."""
     assert a.shape == b.shape
     assert a.dtype == b.dtype
     error = (a - b).abs().max() / b.abs().max().clamp(min=1)
@@ -107,8 +122,12 @@ def assert_future_values_ignored(attn: CausalAttention, x: Tensor, huge: float =
 
 
 def assert_largest_values_ignored(attn: CausalAttention, x: Tensor) -> None:
-    """The largest numbers there are, of one sign and of both: every product with them leaves the range of the dtype."""
-    largest, mixed = torch.finfo(x.dtype).max, torch.where(rows(x.shape[0], x.shape[1], seed=9) < 0, -1.0, 1.0).to(x)
+    """The largest numbers there are, of one sign and of both: every product with them leaves the
+    range of the dtype."""
+    largest, mixed = (
+        torch.finfo(x.dtype).max,
+        torch.where(rows(x.shape[0], x.shape[1], seed=9) < 0, -1.0, 1.0).to(x),
+    )
     for made in (lambda: None, lambda: attn.initial_state(x.shape[0])):
         y, _ = attn(x, state=made())
         for number, t in enumerate(range(0, x.shape[1] - 1, 5)):
@@ -118,7 +137,8 @@ def assert_largest_values_ignored(attn: CausalAttention, x: Tensor) -> None:
 
 
 def assert_padding_ignored(attn: CausalAttention, x: Tensor, valid: Tensor) -> None:
-    """Each row gives what its valid tokens give alone, whatever stands at the padding; zeros at the padding."""
+    """Each row gives what its valid tokens give alone, whatever stands at the padding; zeros at the
+    padding."""
     garbage = torch.where(valid[..., None], x, torch.full_like(x, 1e6))
     y, _ = attn(garbage, valid=valid)
     for row, kept in enumerate(valid):
@@ -133,13 +153,20 @@ def assert_batch_mates_ignored(attn: CausalAttention, x: Tensor) -> None:
         close(y[row : row + 1], attn(x[row : row + 1])[0])
 
 
-def assert_equals_naive(attn: CausalAttention, x: Tensor, valid: Tensor | None = None, **inputs: Tensor) -> None:
+def assert_equals_naive(
+    attn: CausalAttention, x: Tensor, valid: Tensor | None = None, **inputs: Tensor
+) -> None:
     """Outputs, and the gradients of inputs and of every parameter."""
     x = x.clone().requires_grad_()
     fast, slow = attn(x, valid=valid, **inputs)[0], naive(attn, x, valid=valid, **inputs)
     close(fast, slow)
-    direction = torch.randn(fast.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(x.dtype)
+    direction = torch.randn(
+        fast.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    ).to(x.dtype)
     wanted = [x, *attn.parameters()]
-    grads = [torch.autograd.grad(y, wanted, direction, allow_unused=True, materialize_grads=True) for y in (fast, slow)]
+    grads = [
+        torch.autograd.grad(y, wanted, direction, allow_unused=True, materialize_grads=True)
+        for y in (fast, slow)
+    ]
     for a, b in zip(*grads, strict=True):
         close(a, b)

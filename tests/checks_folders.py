@@ -1,4 +1,5 @@
-"""What a run's folder must be at any instant, and whom it belongs to; the tests and the planted defects share it."""
+"""What a run's folder must be at any instant, and whom it belongs to; the tests and the planted
+defects share it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from mka import folders, storage
-from mka.folders import note_everything, read_noted, states
-from mka.limits import InputError
+from mka import storage
+from mka.errors import InputError
+from mka.record import folders
+from mka.record.folders import note_everything, read_noted, states
 
 
 def run_folder(folder: Path) -> Path:
@@ -54,7 +56,8 @@ def is_cut(call: int, moment: str, work: Callable[[], None]) -> bool:
 
 
 def assert_whole_after_any_kill(run: Path, path: Path, moment: str) -> None:
-    """Killed at each of the renames of writing a file, the folder is whole, and the file the old or the new one."""
+    """Killed at each of the renames of writing a file, the folder is whole, and the file the old or
+    the new one."""
     name = path.relative_to(run).as_posix()
     before = read_noted(run, path)
     for call in (1, 2, 3):
@@ -81,5 +84,8 @@ def assert_claims_go_by_the_folder(place: Path) -> None:
     (place / "link").symlink_to(folder)
     with folders.claimed(folder):
         for other in (Path("run"), place / "link", folder / ".." / "run", Path("link")):
-            with pytest.raises(InputError, match="another run is writing to"), folders.claimed(other):
+            with (
+                pytest.raises(InputError, match="another run is writing to"),
+                folders.claimed(other),
+            ):
                 pytest.fail("both have it")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mka.attention import CausalAttention
-from mka.config import LongTermConfig
+from mka.memory.options import LongTermConfig
 from mka.memory.places import LongTerm
 from mka.memory.state import State
 

@@ -19,19 +19,23 @@ ScoreOnRank = Callable[..., HeldOutLoss]
 
 
 def models_of(count: int) -> list[nn.Module]:
-    """The same for each rank, made here: they are drawn from a random state that threads would share."""
+    """The same for each rank, made here: they are drawn from a random state that threads would
+    share."""
     return [tiny.tiny_model() for _ in range(count)]
 
 
 def assert_ranks_score_every_token_once(score: ScoreOnRank, count: int, batch_size: int) -> None:
-    """Nine blocks, spread over `count` ranks: the counts of one rank exactly, its nats within the tolerance."""
+    """Nine blocks, spread over `count` ranks: the counts of one rank exactly, its nats within the
+    tolerance."""
     split, models = tiny.held_out_split(150), models_of(count)
 
     def work(ranks: Ranks) -> HeldOutLoss:
         batches = evaluation_batches(split, tiny.LENGTH, batch_size)
         return score(models[ranks.rank], batches, tiny.CPU, None, ranks)
 
-    alone = score(tiny.tiny_model(), evaluation_batches(split, tiny.LENGTH, 9), tiny.CPU, None, Ranks())
+    alone = score(
+        tiny.tiny_model(), evaluation_batches(split, tiny.LENGTH, 9), tiny.CPU, None, Ranks()
+    )
     assert alone.tokens == 9 * tiny.LENGTH
     for held in all_returned(on_ranks(count, work)):
         assert (held.tokens, held.num_bytes) == (alone.tokens, alone.num_bytes), (
@@ -50,7 +54,9 @@ def assert_first_step_is_that_of_one_rank(
     def usual(ranks: Ranks) -> TrainingPlan:
         rows = 6 * count * accumulation
         options = {"accumulation": accumulation}
-        return tiny.plan(steps=1, ranks=ranks, batch_at=lambda step: tiny.batch_at(step, rows), **options)
+        return tiny.plan(
+            steps=1, ranks=ranks, batch_at=lambda step: tiny.batch_at(step, rows), **options
+        )
 
     def work(ranks: Ranks) -> TrainingRun:
         return train(next(models), (plan_of or usual)(ranks), lambda: 0.0)

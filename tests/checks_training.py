@@ -1,4 +1,5 @@
-"""Training and evaluation: a tiny model and its data, and the checks that the negative tests turn red."""
+"""Training and evaluation: a tiny model and its data, and the checks that the negative tests turn
+red."""
 
 import json
 import math
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from checks import TOLERANCE
-from mka.config import BenchmarkConfig
 from mka.data import TextTokenizer, TokenizedCorpus, TokenSplit, evaluation_batches
 from mka.distributed import Ranks
+from mka.errors import InputError
 from mka.evaluation import held_out_loss
 from mka.experiments import benchmark
 from mka.experiments.comparison import Comparison
-from mka.limits import InputError
 from mka.models import build_model, gpt2_config, next_token_loss
+from mka.record.config import BenchmarkConfig
 from mka.storage import remove
 from mka.training import Checkpoint, Checkpoints, Precision, TrainingPlan, TrainingRun, train
 from mka.training.memory import PeakMemory
@@ -39,7 +40,11 @@ OPTIONS = {kind: {"local_window": 6, "chunk_size": 2, "top_k": 2} for kind in ("
 
 def tiny_model(kind: str = "mha", seed: int = 0, **options: Any) -> GPT2LMHeadModel:
     config = gpt2_config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB, max_position_embeddings=LENGTH
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCAB,
+        max_position_embeddings=LENGTH,
     )
     return build_model(config, kind, seed, **options)
 
@@ -78,7 +83,8 @@ def held_out_split(num_tokens: int, low: int = 0, high: int = VOCAB, seed: int =
 
 
 def assert_loss_is_of_the_text_alone(model: nn.Module, split: TokenSplit) -> None:
-    """held_out_loss over the evaluation batches is the mean over the split's own tokens, each predicted once."""
+    """held_out_loss over the evaluation batches is the mean over the split's own tokens, each
+    predicted once."""
     held = held_out_loss(model, evaluation_batches(split, LENGTH, 3), CPU)
     nats, count, num_bytes = 0.0, 0, 0
     ids = torch.from_numpy(split.ids.astype(np.int64))
@@ -92,7 +98,9 @@ def assert_loss_is_of_the_text_alone(model: nn.Module, split: TokenSplit) -> Non
             count += 1
     tolerance = TOLERANCE[torch.float32]
     assert held.tokens == count
-    assert abs(held.loss / (nats / count) - 1) <= tolerance, f"loss is {held.loss}, that of the text {nats / count}"
+    assert abs(held.loss / (nats / count) - 1) <= tolerance, (
+        f"loss is {held.loss}, that of the text {nats / count}"
+    )
     assert abs(held.perplexity / math.exp(nats / count) - 1) <= tolerance * held.loss
     assert abs(held.bits_per_byte / (nats / math.log(2) / num_bytes) - 1) <= tolerance
 
@@ -114,7 +122,9 @@ SPLITS = {"train": range(0, 20), "validation": range(20, 40), "test": range(40, 
 
 
 def comparison() -> Comparison:
-    config = BenchmarkConfig(attention_type=("mha",), sequence_length=LENGTH, batch_size=2, max_steps=1).resolved()
+    config = BenchmarkConfig(
+        attention_type=("mha",), sequence_length=LENGTH, batch_size=2, max_steps=1
+    ).resolved()
     splits = {name: held_out_split(200, ids.start, ids.stop) for name, ids in SPLITS.items()}
     tokenizer = TextTokenizer(Tokenizer(BPE()), 0, "made by hand")
     return Comparison(
@@ -135,11 +145,14 @@ def assert_evaluates_on_validation(max_tokens: int | None = None) -> None:
     benchmark.evaluate(comparison(), model, max_tokens)
     assert model.seen
     for name, ids in SPLITS.items():
-        assert name == "validation" or not model.seen & set(ids), f"evaluation read the {name} split"
+        assert name == "validation" or not model.seen & set(ids), (
+            f"evaluation read the {name} split"
+        )
 
 
 def assert_earlier_memory_does_not_show() -> None:
-    """A mechanism that needs a little is measured after one that needed much; what is needed meanwhile does show."""
+    """A mechanism that needs a little is measured after one that needed much; what is needed
+    meanwhile does show."""
     much = torch.ones(256 * MEBIBYTE, dtype=torch.uint8)
     del much
     memory = PeakMemory(CPU)
@@ -154,8 +167,15 @@ def some_checkpoint(step: int, size: int = 40, num_losses: int = 3) -> Checkpoin
     """Made up from its step, with the numbers that a careless file format would lose."""
     generator = torch.Generator().manual_seed(step)
     awkward = torch.tensor([-0.0, math.nan, math.inf, -math.inf, 1e-45, 3.4028235e38, 1 / 3])
-    weights = {"wte": torch.randn(size, 3, generator=generator).T, "awkward": awkward, "scalar": torch.tensor(0.1)}
-    moments = {f"{name}.exp_avg": torch.randn(values.shape, generator=generator) for name, values in weights.items()}
+    weights = {
+        "wte": torch.randn(size, 3, generator=generator).T,
+        "awkward": awkward,
+        "scalar": torch.tensor(0.1),
+    }
+    moments = {
+        f"{name}.exp_avg": torch.randn(values.shape, generator=generator)
+        for name, values in weights.items()
+    }
     run = {
         "losses": [0.1 + 0.2, 1e-310, *[step / 7] * (num_losses - 2)],
         "curve": [{"step": 0, "train_loss": None}],
@@ -195,7 +215,13 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES = {"cut": cut, "lengthened": lengthen, "emptied": empty, "flipped": flip_a_bit, "removed": Path.unlink}
+DAMAGES = {
+    "cut": cut,
+    "lengthened": lengthen,
+    "emptied": empty,
+    "flipped": flip_a_bit,
+    "removed": Path.unlink,
+}
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json")
 
 
@@ -211,25 +237,34 @@ def assert_damage_is_noticed(folder: Path, name: str, damage: str) -> None:
 
 
 def assert_exports_the_step(place: Path) -> None:
-    """Whether the checkpoint of a step is gone, or another one stands under its name: its weights are not exported, nor
-    others in their place; going on does not take it either."""
-    checkpoints, path, said = Checkpoints(place / "mha-seed0", {"seed": 0}), place / "model.safetensors", []
+    """Whether the checkpoint of a step is gone, or another one stands under its name: its weights
+    are not exported, nor others in their place; going on does not take it either."""
+    checkpoints, path, said = (
+        Checkpoints(place / "mha-seed0", {"seed": 0}),
+        place / "model.safetensors",
+        [],
+    )
     for step in (3, 6):
         checkpoints.save(some_checkpoint(step))
     remove(checkpoints.folder / "step-00000006")
-    with pytest.raises(InputError, match=r"step-00000006 cannot be kept: manifest\.json cannot be read"):
+    with pytest.raises(
+        InputError, match=r"step-00000006 cannot be kept: manifest\.json cannot be read"
+    ):
         checkpoints.export_weights(6, path)
     (checkpoints.folder / "step-00000003").rename(checkpoints.folder / "step-00000006")
     with pytest.raises(InputError, match="step-00000006 cannot be kept: it is of step 3"):
         checkpoints.export_weights(6, path)
     assert not path.exists()
     assert checkpoints.newest(said.append) is None
-    assert said == [f"checkpoint {checkpoints.folder / 'step-00000006'} is skipped: it is of step 3"]
+    assert said == [
+        f"checkpoint {checkpoints.folder / 'step-00000006'} is skipped: it is of step 3"
+    ]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What must not depend on an interruption. `rest`: losses, curve and counts, without what a clock measured."""
+    """What must not depend on an interruption. `rest`: losses, curve and counts, without what a
+    clock measured."""
 
     weights: dict[str, Tensor]
     rest: dict[str, Any]
@@ -242,7 +277,8 @@ def trained(
     on_step: Callable[[TrainingRun], None] = lambda run: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Trained:
-    """A tiny model after such a training; its held-out loss is that of rows it is not trained on."""
+    """A tiny model after such a training; its held-out loss is that of rows it is not trained
+    on."""
     model = tiny_model(kind, **OPTIONS.get(kind, {}))
 
     def look() -> float:

@@ -1,4 +1,5 @@
-"""Later versions of transformers, as their blocks would call our attention; and caches that are no good."""
+"""Later versions of transformers, as their blocks would call our attention; and caches that are no
+good."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,18 +18,26 @@ def hand_on(patch: pytest.MonkeyPatch, change: Change, blocks: tuple[int, ...] =
     real = AttentionAdapter.forward
 
     def forward(adapter: AttentionAdapter, hidden_states: torch.Tensor, **given: Any) -> Any:
-        return real(adapter, hidden_states, **(change(given) if adapter.layer_idx in blocks else given))
+        return real(
+            adapter, hidden_states, **(change(given) if adapter.layer_idx in blocks else given)
+        )
 
     patch.setattr(AttentionAdapter, "forward", forward)
 
 
 def under(name: str) -> Change:
-    return lambda given: {name if isinstance(value, Cache) else key: value for key, value in given.items()}
+    return lambda given: {
+        name if isinstance(value, Cache) else key: value for key, value in given.items()
+    }
 
 
 def without(given: dict[str, Any]) -> dict[str, Any]:
     """Neither the cache nor that one is wanted."""
-    return {key: value for key, value in given.items() if not isinstance(value, Cache) and key != "use_cache"}
+    return {
+        key: value
+        for key, value in given.items()
+        if not isinstance(value, Cache) and key != "use_cache"
+    }
 
 
 def without_mask(given: dict[str, Any]) -> dict[str, Any]:

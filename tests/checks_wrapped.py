@@ -15,7 +15,8 @@ TOKENS = 29
 
 
 class Wrapped(nn.Module):
-    """The layer it holds, its outputs scaled unevenly; it has no weight of its own that could be read."""
+    """The layer it holds, its outputs scaled unevenly; it has no weight of its own that could be
+    read."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -37,7 +38,9 @@ class Int8Linear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         step = layer.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.weight = nn.Parameter((layer.weight.detach() / step).round().to(torch.int8), requires_grad=False)
+        self.weight = nn.Parameter(
+            (layer.weight.detach() / step).round().to(torch.int8), requires_grad=False
+        )
         self.step = step.float()
         self.bias = None if layer.bias is None else layer.bias.detach().float()
 
@@ -56,8 +59,8 @@ def replace(attn: nn.Module, name: str, make: Callable[[Any], nn.Module]) -> Non
 
 @torch.no_grad()
 def assert_layer_is_called(attn: CausalAttention, name: str, plain: CausalAttention) -> None:
-    """`attn` with the layer wrapped equals `plain`, the same with the wrapper's scale in its weights, in every way of
-    reading a row."""
+    """`attn` with the layer wrapped equals `plain`, the same with the wrapper's scale in its
+    weights, in every way of reading a row."""
     layer = plain.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     for parameter in layer.parameters():

@@ -14,7 +14,8 @@ from mka.memory import disk
 
 @contextmanager
 def full_at(size: int) -> Iterator[None]:
-    """No file of this process may grow past `size` bytes: a write that crosses it is cut, the next one fails."""
+    """No file of this process may grow past `size` bytes: a write that crosses it is cut, the next
+    one fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -1,4 +1,5 @@
-"""Scripts on several ranks, started as a user starts them: by python, torchrun or deepspeed, on the CPU alone."""
+"""Scripts on several ranks, started as a user starts them: by python, torchrun or deepspeed, on the
+CPU alone."""
 
 import json
 import os
@@ -41,20 +42,27 @@ class Launch:
 
     def torchrun(self, ranks: int, script: Path, *arguments: object) -> Ended:
         port = f"--master_port={free_port()}"
-        return self.run([COMMANDS / "torchrun", f"--nproc_per_node={ranks}", port, script, *arguments])
+        return self.run(
+            [COMMANDS / "torchrun", f"--nproc_per_node={ranks}", port, script, *arguments]
+        )
 
     def deepspeed(self, ranks: int, script: Path, *arguments: object) -> Ended:
         port = f"--master_port={free_port()}"
         return self.run([COMMANDS / "deepspeed", f"--num_gpus={ranks}", port, script, *arguments])
 
     def run(self, command: Sequence[object]) -> Ended:
-        """How a command ended. Whatever is left of it is killed; fails with what it printed if it takes too long."""
+        """How a command ended. Whatever is left of it is killed; fails with what it printed if it
+        takes too long."""
         return self.run_together([command])[0]
 
     def run_together(self, commands: Sequence[Sequence[object]]) -> list[Ended]:
         """The same of several commands, at the same time."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        outputs = [self.folder / f"{place}.{name}" for place in range(len(commands)) for name in ("out", "err")]
+        outputs = [
+            self.folder / f"{place}.{name}"
+            for place in range(len(commands))
+            for name in ("out", "err")
+        ]
         jobs: list[psutil.Popen] = []
         try:
             for place, command in enumerate(commands):
@@ -62,20 +70,32 @@ class Launch:
                 with out.open("wb") as stdout, err.open("wb") as stderr:
                     parts = [str(part) for part in command]
                     jobs.append(
-                        psutil.Popen(parts, stdout=stdout, stderr=stderr, cwd=self.folder, env=self.variables())
+                        psutil.Popen(
+                            parts,
+                            stdout=stdout,
+                            stderr=stderr,
+                            cwd=self.folder,
+                            env=self.variables(),
+                        )
                     )
             statuses = [job.wait(self.timeout) for job in jobs]
         except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
-            said = "\n".join(f"{path.name}:\n{path.read_text(errors='replace')[-4000:]}" for path in outputs)
+            said = "\n".join(
+                f"{path.name}:\n{path.read_text(errors='replace')[-4000:]}" for path in outputs
+            )
             pytest.fail(f"still running after {self.timeout} s: {commands}\n{said}", pytrace=False)
         finally:
             for job in jobs:
                 kill_tree(job)
         texts = [path.read_text(encoding="utf-8") for path in outputs]
-        return [Ended(status, *texts[2 * place : 2 * place + 2]) for place, status in enumerate(statuses)]
+        return [
+            Ended(status, *texts[2 * place : 2 * place + 2])
+            for place, status in enumerate(statuses)
+        ]
 
     def variables(self) -> dict[str, str]:
-        """The environment of a job: one thread a rank, no GPU, no hub, and a token cache of its own."""
+        """The environment of a job: one thread a rank, no GPU, no hub, and a token cache of its
+        own."""
         kept = {name: value for name, value in os.environ.items() if name not in OURS}
         ours = {
             "CUDA_VISIBLE_DEVICES": "",
@@ -89,7 +109,8 @@ class Launch:
 
 
 def kill_tree(job: psutil.Popen) -> None:
-    """End a job that still runs, with the ranks it started (torchrun gives each a session of its own)."""
+    """End a job that still runs, with the ranks it started (torchrun gives each a session of its
+    own)."""
     if not job.is_running():
         return
     for process in [*job.children(recursive=True), job]:
@@ -107,7 +128,8 @@ def free_port() -> int:
 
 
 def extensions_folder() -> Path:
-    """Where torch keeps what DeepSpeed compiles at its first start, so that a private cache does not do it again."""
+    """Where torch keeps what DeepSpeed compiles at its first start, so that a private cache does
+    not do it again."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "torch_extensions" / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
 
@@ -115,11 +137,16 @@ def extensions_folder() -> Path:
 def missing_for_deepspeed() -> list[str]:
     """What its first start needs and is not there."""
     package = [] if find_spec("deepspeed") else ["the package deepspeed"]
-    return package + [name for name in ("g++", "ninja") if which(name, path=f"{COMMANDS}:{os.environ['PATH']}") is None]
+    return package + [
+        name
+        for name in ("g++", "ninja")
+        if which(name, path=f"{COMMANDS}:{os.environ['PATH']}") is None
+    ]
 
 
 NEEDS_DEEPSPEED = pytest.mark.skipif(
-    bool(missing_for_deepspeed()), reason=f"DeepSpeed cannot start without {', '.join(missing_for_deepspeed())}"
+    bool(missing_for_deepspeed()),
+    reason=f"DeepSpeed cannot start without {', '.join(missing_for_deepspeed())}",
 )
 
 
@@ -139,7 +166,8 @@ Job = Callable[[Launch], Ended]
 
 @dataclass(frozen=True)
 class OneLaunchForMany:
-    """Jobs that many tests look at: each runs once, also where the tests are spread over several workers."""
+    """Jobs that many tests look at: each runs once, also where the tests are spread over several
+    workers."""
 
     folder: Path
 

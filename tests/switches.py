@@ -1,4 +1,5 @@
-"""Every number at which the code takes another path, and values that lead down each of them on short rows."""
+"""Every number at which the code takes another path, and values that lead down each of them on
+short rows."""
 
 import sys
 from typing import Any
@@ -11,7 +12,10 @@ from mka.memory import disk, local, longterm, search, state
 from mka.ops import attend, chunks, fused, scan, unions
 
 Change = tuple[Any, str, Any]
-NEVER_GATHERED: list[Change] = [(longterm, "GATHERED_PAIRS", 0), (longterm, "GATHERED_PAIRS_PER_CHUNK", 0)]
+NEVER_GATHERED: list[Change] = [
+    (longterm, "GATHERED_PAIRS", 0),
+    (longterm, "GATHERED_PAIRS_PER_CHUNK", 0),
+]
 SWITCHES: dict[str, list[Change]] = {
     "windowed blocks of two": [(attend, "MIN_BLOCK", 2), (local, "MIN_BLOCK", 2)],
     "a mask for three queries": [(attend, "QUERY_TILE", 3)],
@@ -28,8 +32,16 @@ SWITCHES: dict[str, list[Change]] = {
     "the scores of few queries at once": [(search, "SCORES", 300)],
     "always sorted by chunk": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 0)],
     "neighbours always together": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 10**9)],
-    "three neighbours together": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 10**9), (unions, "QUERIES", 3)],
-    "few unions at once": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 10**9), (unions, "GATHERED", 300)],
+    "three neighbours together": [
+        *NEVER_GATHERED,
+        (unions, "LARGEST_UNION", 10**9),
+        (unions, "QUERIES", 3),
+    ],
+    "few unions at once": [
+        *NEVER_GATHERED,
+        (unions, "LARGEST_UNION", 10**9),
+        (unions, "GATHERED", 300),
+    ],
     "no fused kernel": [(fused, "FUSED", ())],
     "always gathered": [(longterm, "GATHERED_PAIRS", 10**9)],
     "stores that grow by one": [(state, "STEP", 1)],
@@ -43,21 +55,35 @@ STORED: dict[str, list[Change]] = {
 }
 """What chunks that are kept in host memory or in a file can meet besides."""
 SMALL_TOGETHER = (
-    *("windowed blocks of two", "a mask for three queries", "a scan in blocks of two", "five queries scored at once"),
+    *(
+        "windowed blocks of two",
+        "a mask for three queries",
+        "a scan in blocks of two",
+        "five queries scored at once",
+    ),
     *("four summaries scored at once", "always sorted by chunk", "two pairs to a block"),
     *("three blocks at once", "stores that grow by one", "records fetched for one query"),
 )
-SWITCHES["all of them small"] = [change for name in SMALL_TOGETHER for change in (SWITCHES | STORED)[name]]
+SWITCHES["all of them small"] = [
+    change for name in SMALL_TOGETHER for change in (SWITCHES | STORED)[name]
+]
 ALL = SWITCHES | STORED
 NO_SWITCHES = {
     "memory.bank.FORMAT",
     "ops.attend.LARGEST_RATIO",
-    *("ops.fused.CHANNELS", "ops.fused.SUMS", "ops.fused.BIASES", "ops.fused.UNMASKED", "ops.fused.CAUSAL"),
+    *(
+        "ops.fused.CHANNELS",
+        "ops.fused.SUMS",
+        "ops.fused.BIASES",
+        "ops.fused.UNMASKED",
+        "ops.fused.CAUSAL",
+    ),
     "attention.mka.PROPOSED",
     "memory.session.SHORTEST",
     "memory.session.LONGEST",
 }
-"""Numbers that decide what is computed, or what a file looks like: another value is another result."""
+"""Numbers that decide what is computed, or what a file looks like: another value is another
+result."""
 
 
 def switch(patch: pytest.MonkeyPatch, changes: list[Change]) -> None:
@@ -66,9 +92,12 @@ def switch(patch: pytest.MonkeyPatch, changes: list[Change]) -> None:
 
 
 def numbers_in_the_code() -> dict[str, Any]:
-    """Constants of the rooms below the models that are numbers, by module and name; those that another module imports
-    are read there too. Numbers of the levels are names, not sizes."""
-    rooms, levels = ("mka.ops.", "mka.memory.", "mka.attention."), {"LOCAL", "SESSION", "LONG_TERM", "NUM_LEVELS"}
+    """Constants of the rooms below the models that are numbers, by module and name; those that
+    another module imports are read there too. Numbers of the levels are names, not sizes."""
+    rooms, levels = (
+        ("mka.ops.", "mka.memory.", "mka.attention."),
+        {"LOCAL", "SESSION", "LONG_TERM", "NUM_LEVELS"},
+    )
     found = {}
     for module_name, module in sorted(sys.modules.items()):
         if module_name.startswith(rooms):

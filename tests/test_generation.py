@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from checks_models import LLAMA, shake
-from mka import cli, generation
-from mka.commands import ChatConfig, GenerateConfig
+from mka import cli
+from mka.cli.text import GenerateConfig
 from mka.data import load_tokenizer
-from mka.models import build_model, states
+from mka.models import build_model, generation, states
+from mka.models.loading import load
 
 TEXT = "the cat sat on the mat and looked at the dog; the dog looked at the cat. " * 20
 TEMPLATE = (
@@ -64,7 +65,17 @@ def test_generate_streams_what_decoding_without_a_cache_gives(
 
 
 def test_draws_depend_on_the_seed_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("generate", "--model", folder, "--prompt", "the cat", "--max_new_tokens", 12, "--temperature", 5.0)
+    options = (
+        "generate",
+        "--model",
+        folder,
+        "--prompt",
+        "the cat",
+        "--max_new_tokens",
+        12,
+        "--temperature",
+        5.0,
+    )
     first, again, other = (run(capsys, *options, "--seed", seed)[1] for seed in (3, 3, 4))
     assert first == again != other
 
@@ -73,14 +84,28 @@ def test_show_memory_says_what_is_held_and_what_the_router_chose(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, _ = run(
-        capsys, "generate", "--model", folder, "--prompt", TEXT[:60], "--max_new_tokens", 5, "--show_memory"
+        capsys,
+        "generate",
+        "--model",
+        folder,
+        "--prompt",
+        TEXT[:60],
+        "--max_new_tokens",
+        5,
+        "--show_memory",
     )
     line = out.splitlines()[-1]
     assert status == 0
-    tokens = len(AutoTokenizer.from_pretrained(folder)(TEXT[:60]).input_ids) + 4  # the last one was not read yet
+    tokens = (
+        len(AutoTokenizer.from_pretrained(folder)(TEXT[:60]).input_ids) + 4
+    )  # the last one was not read yet
     assert line.startswith(f"[{tokens} tokens seen, 0.0")
     assert "in 2 layers" in line
-    shares = [float(word.strip(",]")) for word in line.split() if word.startswith("0.") and word[-1] in ",]"]
+    shares = [
+        float(word.strip(",]"))
+        for word in line.split()
+        if word.startswith("0.") and word[-1] in ",]"
+    ]
     assert sum(shares) == pytest.approx(1, abs=0.02)
     assert len(shares) == 3
 
@@ -109,34 +134,67 @@ def test_chat_reads_each_turn_once(
 
 
 def test_a_template_is_used_and_only_what_is_new_is_read(folder: Path) -> None:
-    model, tokenizer = generation.load(str(folder))
+    model, tokenizer = load(str(folder))
     tokenizer.chat_template = TEMPLATE
-    conversation = generation.Conversation(model, tokenizer, ChatConfig(model=str(folder), max_new_tokens=5))
+    conversation = generation.Conversation(model, tokenizer, max_new_tokens=5)
     for turn in ("the cat", "the dog", "the mat"):
         conversation.tell(turn)
         held = states(conversation.cache)[0].num_tokens.item()
         assert held == conversation.row.shape[1] - 1
-    afresh = generation.Conversation(model, tokenizer, ChatConfig(model=str(folder), max_new_tokens=5))
+    afresh = generation.Conversation(model, tokenizer, max_new_tokens=5)
     afresh.messages = conversation.messages[:-2]
     assert afresh.tell("the mat") == conversation.messages[-1]["content"]
 
 
-def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "config.json").write_text("{}")
     cases = {
         ("--model", folder, "--prompt", ""): "the prompt is empty",
         ("--model", folder): "give one of --prompt and --prompt_file",
-        ("--model", folder, "--prompt", "x", "--prompt_file", "y"): "give one of --prompt and --prompt_file",
+        (
+            "--model",
+            folder,
+            "--prompt",
+            "x",
+            "--prompt_file",
+            "y",
+        ): "give one of --prompt and --prompt_file",
         ("--model", folder, "--prompt_file", tmp_path / "none.txt"): "none.txt",
-        ("--model", tmp_path / "empty", "--prompt", "x"): "without config.json is no saved model",
-        ("--model", tmp_path / "strange" / "config.json", "--prompt", "x"): "it is a file; give the folder",
+        ("--model", tmp_path / "empty", "--prompt", "x"): "config.json is not a saved model",
+        (
+            "--model",
+            tmp_path / "strange" / "config.json",
+            "--prompt",
+            "x",
+        ): "it is a file; give the folder",
         ("--model", tmp_path / "strange", "--prompt", "x"): "it cannot be loaded",
-        ("--model", tmp_path / "nowhere", "--prompt", "x"): "the hub cannot be reached|cannot be loaded",
-        ("--model", folder, "--prompt", "x", "--temperature", "-1"): "temperature is -1.0; it must be 0 or above",
+        (
+            "--model",
+            tmp_path / "nowhere",
+            "--prompt",
+            "x",
+        ): "the hub cannot be reached|cannot be loaded",
+        (
+            "--model",
+            folder,
+            "--prompt",
+            "x",
+            "--temperature",
+            "-1",
+        ): "temperature is -1.0; it must be 0 or above",
         ("--model", folder, "--prompt", "x", "--temprature", "1"): "nearest: --temperature",
-        ("--model", folder, "--prompt", "x", "--max_new_tokens", "0"): "max_new_tokens is 0; it must be at least 1",
+        (
+            "--model",
+            folder,
+            "--prompt",
+            "x",
+            "--max_new_tokens",
+            "0",
+        ): "max_new_tokens is 0; it must be at least 1",
     }
     for arguments, message in cases.items():
         status, out, err = run(capsys, "generate", *arguments)

@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 
 from disks import full_at, no_space
-from mka import folders, results
-from mka.limits import InputError
-from mka.results import CurvePoint, Result, append_result, read_curve, read_results, results_path
+from mka.errors import InputError
+from mka.record import folders, results
+from mka.record.results import (
+    CurvePoint,
+    Result,
+    RunFolder,
+    append_result,
+    read_curve,
+    read_results,
+)
 
 
 def make(kind: str = "mka", seed: int = 0, **changes: Any) -> Result:
@@ -50,7 +57,7 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", [b'{"attention_type": "mk', "é".encode()[:1], b"\0\0\0", b"{"])
 def test_a_torn_last_line_is_passed_over_and_closed_off(tmp_path: Path, torn: bytes) -> None:
     append_result(tmp_path, make("mha"))
-    with results_path(tmp_path).open("ab") as file:
+    with RunFolder(tmp_path).results.open("ab") as file:
         file.write(torn)
     assert read_results(tmp_path) == [make("mha")]
     append_result(tmp_path, make("mla"))
@@ -60,7 +67,7 @@ def test_a_torn_last_line_is_passed_over_and_closed_off(tmp_path: Path, torn: by
 
 def test_a_last_line_that_lacks_only_its_end_counts(tmp_path: Path) -> None:
     append_result(tmp_path, make("mha"))
-    path = results_path(tmp_path)
+    path = RunFolder(tmp_path).results
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     append_result(tmp_path, make("mla"))
     assert read_results(tmp_path) == [make("mha"), make("mla")]
@@ -70,29 +77,33 @@ def test_a_last_line_that_lacks_only_its_end_counts(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_keeps_the_earlier_rows(tmp_path: Path, room: int) -> None:
     """The write is really cut short, after `room` bytes."""
     append_result(tmp_path, make("mha"))
-    before = results_path(tmp_path).read_bytes()
+    before = RunFolder(tmp_path).results.read_bytes()
     with full_at(len(before) + room), pytest.raises(OSError, match="File too large"):
         append_result(tmp_path, make("mla"))
-    assert results_path(tmp_path).read_bytes() == before
+    assert RunFolder(tmp_path).results.read_bytes() == before
     append_result(tmp_path, make("mka"))
     assert read_results(tmp_path) == [make("mha"), make("mka")]
 
 
-def test_a_sync_that_fails_keeps_the_earlier_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sync_that_fails_keeps_the_earlier_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     append_result(tmp_path, make("mha"))
-    before = results_path(tmp_path).read_bytes()
+    before = RunFolder(tmp_path).results.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(results.os, "fsync", no_space)
         with pytest.raises(OSError, match="No space left"):
             append_result(tmp_path, make("mla"))
-    assert results_path(tmp_path).read_bytes() == before
+    assert RunFolder(tmp_path).results.read_bytes() == before
 
 
-def test_a_result_is_synced_before_it_is_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_synced_before_it_is_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     monkeypatch.setattr(results.os, "fsync", lambda handle: seen.append(os.fstat(handle).st_size))
     append_result(tmp_path, make("mha"))
-    assert seen[0] == results_path(tmp_path).stat().st_size
+    assert seen[0] == RunFolder(tmp_path).results.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -108,7 +119,7 @@ def test_a_result_is_synced_before_it_is_acknowledged(tmp_path: Path, monkeypatc
 )
 def test_another_schema_is_one_line_that_says_where(tmp_path: Path, line: str) -> None:
     append_result(tmp_path, make())
-    with results_path(tmp_path).open("a", encoding="utf-8") as file:
+    with RunFolder(tmp_path).results.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     with pytest.raises(
         InputError, match=r"results\.jsonl line 2 is not a result of schema version 1 to 4; it says"
@@ -121,16 +132,18 @@ LATER = ("eval_block_losses", "flops_per_token", "variant", "busy_cores")
 
 
 def test_results_of_the_first_schema_have_no_blocks(tmp_path: Path) -> None:
-    row = {name: value for name, value in vars(make()).items() if name not in LATER} | {"schema_version": 1}
-    results_path(tmp_path).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    row = {name: value for name, value in vars(make()).items() if name not in LATER} | {
+        "schema_version": 1
+    }
+    RunFolder(tmp_path).results.write_text(json.dumps(row) + "\n", encoding="utf-8")
     assert read_results(tmp_path) == [make(eval_block_losses=[], flops_per_token=None)]
 
 
 def test_results_of_the_second_schema_have_no_variants(tmp_path: Path) -> None:
-    row = {name: value for name, value in vars(make()).items() if name not in ("variant", "busy_cores")} | {
-        "schema_version": 2
-    }
-    results_path(tmp_path).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    row = {
+        name: value for name, value in vars(make()).items() if name not in ("variant", "busy_cores")
+    } | {"schema_version": 2}
+    RunFolder(tmp_path).results.write_text(json.dumps(row) + "\n", encoding="utf-8")
     assert read_results(tmp_path) == [make()]
 
 
@@ -147,7 +160,7 @@ def test_curves_come_back_as_they_were(tmp_path: Path) -> None:
         CurvePoint(step=2, tokens=20, seconds=1.0, train_loss=None, eval_loss=8.0),
     ]
     results.write_curve(tmp_path, "mka", 3, points)
-    assert results.curve_path(tmp_path, "mka", 3) == tmp_path / "curves" / "mka-seed3.jsonl"
+    assert results.RunFolder(tmp_path).curve("mka", 3) == tmp_path / "curves" / "mka-seed3.jsonl"
     assert read_curve(tmp_path, "mka", 3) == points
     assert read_curve(tmp_path, "mka", 4) == []
 
@@ -155,7 +168,7 @@ def test_curves_come_back_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ['{"step": 1', '{"step": 1}\n', "[]\n", '{"unknown": 1}\n'])
 def test_a_damaged_curve_is_one_line_that_says_which(tmp_path: Path, text: str) -> None:
     results.write_curve(tmp_path, "mka", 0, [])
-    results.curve_path(tmp_path, "mka", 0).write_text(text, encoding="utf-8")
+    results.RunFolder(tmp_path).curve("mka", 0).write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=r"mka-seed0\.jsonl is damaged") as error:
         read_curve(tmp_path, "mka", 0)
     assert "\n" not in str(error.value)
@@ -167,7 +180,7 @@ def test_a_damaged_curve_is_one_line_that_says_which(tmp_path: Path, text: str) 
 def two_lines(folder: Path) -> Path:
     for kind in ("mha", "mka"):
         append_result(folder, make(kind))
-    return results_path(folder)
+    return RunFolder(folder).results
 
 
 def test_a_line_says_its_own_checksum_to_any_program(tmp_path: Path) -> None:
@@ -193,7 +206,8 @@ def read_or_said(folder: Path) -> tuple[list[Result], list[str]] | str:
 
 
 def test_a_flipped_bit_in_any_byte_of_a_line_is_refused_or_said(tmp_path: Path) -> None:
-    """Or changes no value, as in the digits of an escaped letter. Which bit of a byte changes from byte to byte."""
+    """Or changes no value, as in the digits of an escaped letter. Which bit of a byte changes from
+    byte to byte."""
     path = two_lines(tmp_path)
     raw, before = path.read_bytes(), read_or_said(tmp_path)
     assert before == ([make("mha"), make("mka")], [])
@@ -205,7 +219,10 @@ def test_a_flipped_bit_in_any_byte_of_a_line_is_refused_or_said(tmp_path: Path) 
         path.write_bytes(changed)
         found = read_or_said(tmp_path)
         same += found == before
-        assert found == before or isinstance(found, str) or found[1], (place, changed[place - 9 : place + 9])
+        assert found == before or isinstance(found, str) or found[1], (
+            place,
+            changed[place - 9 : place + 9],
+        )
     assert same < first / 20, "flips that change nothing are few"
 
 
@@ -228,11 +245,18 @@ def test_a_line_is_held_to_its_checksum_whatever_version_it_claims(tmp_path: Pat
     path = two_lines(tmp_path)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for version in (1, 2, 3, 4, 5, None):
-        path.write_text(json.dumps(rows[0] | {"schema_version": version, "eval_loss": 1.0}) + "\n", encoding="utf-8")
-        with pytest.raises(InputError, match=r"line 1 is altered: its checksum does not fit; take the line out"):
+        path.write_text(
+            json.dumps(rows[0] | {"schema_version": version, "eval_loss": 1.0}) + "\n",
+            encoding="utf-8",
+        )
+        with pytest.raises(
+            InputError, match=r"line 1 is altered: its checksum does not fit; take the line out"
+        ):
             read_results(tmp_path)
     for version in (1, 2, 3):  # without one it is what it says
-        old = {name: value for name, value in rows[0].items() if name != "checksum"} | {"schema_version": version}
+        old = {name: value for name, value in rows[0].items() if name != "checksum"} | {
+            "schema_version": version
+        }
         path.write_text(json.dumps(old) + "\n", encoding="utf-8")
         assert read_results(tmp_path) == [make("mha")]
     path.write_text(json.dumps(old | {"schema_version": 4}) + "\n", encoding="utf-8")
@@ -262,14 +286,16 @@ def test_two_lines_that_were_joined_are_said(tmp_path: Path) -> None:
     first, second = path.read_bytes().splitlines()
     path.write_bytes(first + b"\x0b" + second + b"\n")
     assert read_results(tmp_path) == []
-    assert results.remarks(tmp_path) == ["results.jsonl is cut in line 1: that line was passed over"]
+    assert results.remarks(tmp_path) == ["results.jsonl is cut in line 1: that line was skipped"]
 
 
-@pytest.mark.parametrize("study", sorted((Path(__file__).parent.parent / "docs" / "study").glob("*.jsonl")))
+@pytest.mark.parametrize(
+    "study", sorted((Path(__file__).parent.parent / "docs" / "study").glob("*.jsonl"))
+)
 def test_results_of_the_studies_are_read(study: Path, tmp_path: Path) -> None:
     """They are of the third schema, and stay as they are."""
     raw = study.read_bytes()
     assert b'"schema_version": 3' in raw
-    results_path(tmp_path).write_bytes(raw)
+    RunFolder(tmp_path).results.write_bytes(raw)
     assert len(read_results(tmp_path)) == raw.count(b"\n")
     assert results.remarks(tmp_path) == []

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mka.statistics import Estimate, paired, ratio, verdict
+from mka.record.intervals import Estimate, paired, ratio, verdict
 
 
 def test_the_interval_of_a_mean() -> None:
@@ -20,7 +20,10 @@ def test_the_interval_of_a_mean() -> None:
 
 def test_nineteen_intervals_of_twenty_hold_the_truth() -> None:
     draws = np.random.default_rng(1).standard_normal((300, 50))
-    held = [low <= 0 <= high for _, low, high in (ratio(x, np.ones(50), seed) for seed, x in enumerate(draws))]
+    held = [
+        low <= 0 <= high
+        for _, low, high in (ratio(x, np.ones(50), seed) for seed, x in enumerate(draws))
+    ]
     assert 0.90 < np.mean(held) < 0.98
 
 
@@ -49,7 +52,8 @@ def test_paired_differences_of_one_seed_are_those_of_their_texts() -> None:
 
 
 def test_paired_differences_know_of_seeds() -> None:
-    """Five seeds whose means are 1 to 5, many texts without noise: the deviation of a mean of five, 0.63 times 1.96."""
+    """Five seeds whose means are 1 to 5, many texts without noise: the deviation of a mean of five,
+    0.63 times 1.96."""
     value, low, high = paired(np.arange(1.0, 6.0)[:, None].repeat(50, 1))
     assert value == 3
     assert low == pytest.approx(3 - 1.24, abs=0.21)
@@ -82,7 +86,8 @@ def test_a_sum_that_is_no_number_has_no_interval_and_no_verdict(spoilt: float) -
 
 
 def test_equal_documents_have_an_interval_of_no_width() -> None:
-    """Without spread there is nothing that other draws could give: the interval is the value, and 0 is in it or not."""
+    """Without spread there is nothing that other draws could give: the interval is the value, and 0
+    is in it or not."""
     for value, word in ((0.0, "not distinguishable"), (-0.5, "better")):
         for estimate in (ratio(np.full(4, value), np.ones(4)), paired(np.full((2, 4), value))):
             assert estimate == pytest.approx((value, value, value))

@@ -51,7 +51,9 @@ def test_an_atomic_write_cut_short_keeps_the_old_file(tmp_path: Path) -> None:
     assert files(tmp_path) == {"table.md"}
 
 
-def test_the_final_name_appears_only_with_the_whole_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_final_name_appears_only_with_the_whole_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "table.md"
     replace = os.replace
 

@@ -1,4 +1,5 @@
-"""Several ranks as threads of one process: the real `Ranks`, over an exchange that is made by hand."""
+"""Several ranks as threads of one process: the real `Ranks`, over an exchange that is made by
+hand."""
 
 import threading
 from collections.abc import Callable, Iterator

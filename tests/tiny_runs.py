@@ -1,4 +1,5 @@
-"""Benchmark runs that take a fraction of a second: a tiny model on a few pages of text, by the real command line."""
+"""Benchmark runs that take a fraction of a second: a tiny model on a few pages of text, by the real
+command line."""
 
 import gc
 import hashlib
@@ -16,8 +17,8 @@ from typing import Any
 import pytest
 
 from mka import cli
-from mka.config import PRESETS, Preset
 from mka.data.corpus import split_by_document
+from mka.record.config import PRESETS, Preset
 
 TINY = Preset(
     hidden_size=32,
@@ -78,7 +79,11 @@ class Place:
 
     def rows(self, output: str = "run") -> list[dict[str, Any]]:
         """Every line of results.jsonl, each of which must be whole."""
-        lines = (self.folder / output / "results.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = (
+            (self.folder / output / "results.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines(keepends=True)
+        )
         assert all(line.endswith("\n") for line in lines)
         return [json.loads(line) for line in lines]
 
@@ -103,7 +108,9 @@ def fingerprint(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         readable = path.is_file()
-        found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest() if readable else "no file"
+        found[str(path.relative_to(folder))] = (
+            hashlib.sha256(path.read_bytes()).hexdigest() if readable else "no file"
+        )
     return found
 
 
@@ -117,7 +124,9 @@ def write_corpus(path: Path, characters: int = CORPUS_CHARACTERS) -> Path:
 def write_small_stdlib(folder: Path) -> Path:
     """A few pages of the standard library, so chosen that each split has some."""
     real = Path(sysconfig.get_paths()["stdlib"])
-    texts = [(path.name, path.read_text(encoding="utf-8")[:2000]) for path in sorted(real.glob("*.py"))]
+    texts = [
+        (path.name, path.read_text(encoding="utf-8")[:2000]) for path in sorted(real.glob("*.py"))
+    ]
     splits = split_by_document((name, text) for name, text in texts if len(text) == 2000)
     for name, text in [*splits["train"][:3], *splits["validation"][:1], *splits["test"][:1]]:
         (folder / name).write_text(text, encoding="utf-8")

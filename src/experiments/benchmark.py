@@ -1,4 +1,5 @@
-"""The original command's path: python src/experiments/benchmark.py [options]; the same as `mka bench [options]`."""
+"""The original command's path: python src/experiments/benchmark.py [options]; the same
+as `mka bench [options]`."""
 
 import sys
 

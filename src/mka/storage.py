@@ -1,9 +1,13 @@
-"""Files and folders that are either whole or not there: written aside, renamed once, checked at every opening.
+"""Files and folders that are either whole or not there.
 
-write_atomically   one text file
-write_folder       several files, with a manifest of their sizes and checksums, written last; a whole one stays
-replace_folder     the same, in the place of whatever is there
-check_folder       the details such a folder was written with, or what is wrong with it
+They are written under a temporary name, renamed once, and checked whenever they are
+opened.
+
+write_atomically  write one text file
+write_folder      write several files and a manifest of their sizes and checksums; keep
+                  a folder that is whole
+replace_folder    the same, but replace whatever is there
+check_folder      the details such a folder was written with, or what is wrong with it
 """
 
 import fcntl
@@ -21,13 +25,20 @@ MANIFEST = "manifest.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that its name only ever holds the whole text."""
+    """Write a UTF-8 file so that its name only ever holds the whole text.
+
+    Raises OSError if it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The process's id keeps two writers apart, and lets `sweep` recognize what a kill
+    # has left.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
+            # On disk before the rename is, or a crash could leave the name with an
+            # empty file.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -36,22 +47,27 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed calls of `write_atomically` have left below a folder that only this process writes to."""
+    """Remove what killed calls of `write_atomically` have left in a folder.
+
+    No other process may be writing to the folder.
+    """
     for path in folder.rglob(".*"):
         if path.suffix[1:].isdecimal() and path.is_file():
             path.unlink(missing_ok=True)
 
 
 def json_text(value: Mapping[str, Any]) -> str:
+    """A JSON object as a readable file holds it: indented, with sorted keys."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object to a file, as `write_atomically` does."""
     write_atomically(path, json_text(value))
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a crash."""
+    """Make renames inside `folder` survive a crash of the machine."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -60,7 +76,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """The details of a whole folder, or what is wrong with it. Sizes and checksums of all files are read."""
+    """The details of a whole folder and ""; or None and what is wrong with it.
+
+    All files are read, to compare their sizes and checksums.
+    """
     try:
         content = read_manifest(folder)
         for name, recorded in content["files"].items():
@@ -69,13 +88,17 @@ def check_folder(folder: Path) -> tuple[dict[str, Any] | None, str]:
     except OSError:
         return None, f"{MANIFEST} cannot be read"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        # JSON of another shape than a manifest fails in one of these ways.
         return None, f"{MANIFEST} is altered"
     return content["details"], ""
 
 
 def damage_of(path: Path, recorded: Mapping[str, Any]) -> str:
-    """What is wrong with a file of which size and sha256 were recorded, or ""."""
+    """What is wrong with a file, given its recorded size and sha256; "" if nothing
+    is."""
     try:
+        # The size first: it is known at once, the checksum only after reading the whole
+        # file.
         size = path.stat().st_size
         if size != recorded["size"]:
             return f"has {size} bytes instead of {recorded['size']}"
@@ -85,37 +108,52 @@ def damage_of(path: Path, recorded: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Its content. Raises OSError where it cannot be read; ValueError, KeyError or TypeError where it is altered."""
+    """The content of a folder's manifest.
+
+    Raises OSError if it cannot be read, and ValueError, KeyError or TypeError if it is
+    altered.
+    """
     raw = (folder / MANIFEST).read_text(encoding="utf-8")
     content = json.loads(raw)["content"]
+    # Comparing the text itself also catches changes that JSON would not see, such as a
+    # space.
     if raw != manifest_text(content):
         raise ValueError(f"{MANIFEST} is altered")
     return content
 
 
 def write_folder(folder: Path, fill: Callable[[Path], Mapping[str, Any]]) -> None:
-    """Make `folder`: `fill` writes files into the empty folder it is given and returns JSON-able details.
+    """Write a folder: `fill` writes files into an empty folder and returns JSON-able
+    details.
 
-    A damaged folder of that name is replaced, a whole one stays. Of several processes one writes and the others wait
-    for it. Whatever goes wrong, nothing is left under the final name nor beside it but an empty lock file.
-    Raises OSError if it cannot be written.
+    A whole folder of that name is kept, a damaged one is replaced. If several processes
+    call this, one writes and the others wait for it. After an error nothing is left
+    except an empty lock file. Raises OSError if the folder cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # The check is inside the lock, so that a process that waited finds the folder
+    # whole.
     with locked(folder.with_name(f".{folder.name}.lock")):
         if check_folder(folder)[0] is None:
             replace_folder(folder, fill)
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], Mapping[str, Any]]) -> None:
-    """The same for a folder that only this process writes to: what is there gives way, and only to a whole one.
+    """Write a folder as `write_folder` does, replacing whatever has that name.
 
-    At any instant the name holds all of the old folder, nothing, or all of the new one.
+    No other process may write to it. At any instant the name holds all of the old
+    folder, nothing, or all of the new one. Raises OSError if the folder cannot be
+    written.
     """
-    temporary, old = (folder.with_name(f".{folder.name}{what}") for what in (".building", ".old.building"))
+    temporary = folder.with_name(f".{folder.name}.building")
+    old = folder.with_name(f".{folder.name}.old.building")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         build(temporary, fill)
-        remove(old)  # left by a process that was killed
+        # Left by a process that was killed between the two renames below.
+        remove(old)
+        # A folder that is not empty cannot be renamed over, so the old one is moved
+        # away first.
         if folder.is_dir():
             os.replace(folder, old)
         os.replace(temporary, folder)
@@ -126,33 +164,42 @@ def replace_folder(folder: Path, fill: Callable[[Path], Mapping[str, Any]]) -> N
 
 
 def build(temporary: Path, fill: Callable[[Path], Mapping[str, Any]]) -> None:
-    remove(temporary)  # left by a process that was killed: the lock says that nobody is at work on it
+    """Fill a new folder, make its files survive a crash, and write its manifest
+    last."""
+    # Left by a process that was killed: no other one is at work on it now.
+    remove(temporary)
     temporary.mkdir()
     details = fill(temporary)
     paths = sorted(path for path in temporary.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as pool:  # the disk and the checksums are at work at the same time
+    # In threads, because the disk and the checksums can work at the same time.
+    with ThreadPoolExecutor() as pool:
         synced = pool.map(sync_file, paths)
         checksums = list(pool.map(sha256_of, paths))
+        # Errors in a thread are only raised when its result is taken.
         list(synced)
     files = {
         path.relative_to(temporary).as_posix(): {"size": path.stat().st_size, "sha256": checksum}
         for path, checksum in zip(paths, checksums, strict=True)
     }
-    write_atomically(temporary / MANIFEST, manifest_text({"details": dict(details), "files": files}))
+    write_atomically(
+        temporary / MANIFEST, manifest_text({"details": dict(details), "files": files})
+    )
 
 
 def remove(folder: Path) -> None:
-    """Take a folder away, its manifest first: what a kill leaves of it is not whole."""
+    """Delete a folder, if it exists."""
     if folder.exists():
+        # The manifest goes first, so that what a kill leaves never counts as whole.
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock, which the system gives back even if this process is killed.
+    """Hold an exclusive lock on a file within the block.
 
-    Without `wait`, raises BlockingIOError while another process holds it.
+    The system releases it even if this process is killed. Without `wait`, raises
+    BlockingIOError while another process holds it.
     """
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -160,8 +207,10 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:
-    """The manifest, with its own checksum; one content has exactly one text."""
-    return json.dumps({"content": content, "sha256": checksum_of(content)}, sort_keys=True, indent=1) + "\n"
+    """The text of a manifest, with its own checksum; equal contents have equal
+    texts."""
+    manifest = {"content": content, "sha256": checksum_of(content)}
+    return json.dumps(manifest, sort_keys=True, indent=1) + "\n"
 
 
 def checksum_of(value: Any) -> str:
@@ -176,7 +225,9 @@ def sync_file(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
+    # In pieces of 1 MiB: weights may be larger than memory.
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)

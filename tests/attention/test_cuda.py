@@ -1,4 +1,5 @@
-"""On a CUDA device every mechanism gives what it gives on the CPU: outputs, gradients, and token by token."""
+"""On a CUDA device every mechanism gives what it gives on the CPU: outputs, gradients, and token by
+token."""
 
 import copy
 
@@ -9,7 +10,9 @@ import checks
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; there is none here"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device; there is none here"
+    ),
 ]
 
 

@@ -1,4 +1,5 @@
-"""What the memories of mka and fmka add to a window: each level reaches tokens that the window cannot."""
+"""What the memories of mka and fmka add to a window: each level reaches tokens that the window
+cannot."""
 
 from typing import Any
 
@@ -6,7 +7,12 @@ import pytest
 import torch
 
 import checks
-from mka.attention import CausalAttention, FastMemoryKeyedAttention, MemoryKeyedAttention, build_attention
+from mka.attention import (
+    CausalAttention,
+    FastMemoryKeyedAttention,
+    MemoryKeyedAttention,
+    build_attention,
+)
 from mka.memory.longterm import chunk_means
 from mka.memory.search import AsRead, Limits, retrieve, retrieve_as_read
 from mka.ops.rotary import RotaryEmbedding
@@ -16,7 +22,13 @@ every_memory_kind = pytest.mark.parametrize("kind", ["mka", "fmka"])
 
 
 def build(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> CausalAttention:
-    options = {"local_window": WINDOW, "chunk_size": CHUNK, "top_k": 20, "session_decay": None, "session_stride": 1}
+    options = {
+        "local_window": WINDOW,
+        "chunk_size": CHUNK,
+        "top_k": 20,
+        "session_decay": None,
+        "session_stride": 1,
+    }
     options["sink_tokens"] = 0
     return checks.make(kind, "small", dtype, **options | changes)
 
@@ -47,7 +59,8 @@ def test_each_memory_level_reaches_it(kind: str, level: dict[str, Any]) -> None:
 
 
 def test_one_retrieved_chunk_is_the_one_whose_key_answers_the_query() -> None:
-    """A key planted far behind the window is found by the query that asks for it, and by no other group."""
+    """A key planted far behind the window is found by the query that asks for it, and by no other
+    group."""
     limits = Limits(CHUNK, WINDOW, 1)
     q, k = torch.zeros(1, TOKENS, 4, 4), torch.zeros(1, TOKENS, 2, 4)
     q[0, -1] = 1.0
@@ -65,7 +78,9 @@ def test_one_retrieved_chunk_is_the_one_whose_key_answers_the_query() -> None:
 
 @pytest.mark.parametrize("proposed", [1, 2, 100])
 @pytest.mark.parametrize("variant", ["small", "rotary", "far", "one chunk"])
-def test_however_many_chunks_are_proposed(variant: str, proposed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_however_many_chunks_are_proposed(
+    variant: str, proposed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the slow twin: with 1 the means choose, with 100 the keys choose among all candidates."""
     monkeypatch.setattr("mka.attention.mka.PROPOSED", proposed)
     attn, x = checks.make("mka", variant), checks.rows(2, 40)
@@ -78,7 +93,8 @@ def test_however_many_chunks_are_proposed(variant: str, proposed: int, monkeypat
 
 @torch.no_grad()
 def test_in_bfloat16_the_choice_of_chunks_does_not_depend_on_the_future() -> None:
-    """Whether neighbours read together is decided for the whole row: here by what follows, alike or unlike."""
+    """Whether neighbours read together is decided for the whole row: here by what follows, alike or
+    unlike."""
     generator = torch.Generator().manual_seed(3)
 
     def smooth(tokens: int, width: int) -> torch.Tensor:
@@ -86,11 +102,15 @@ def test_in_bfloat16_the_choice_of_chunks_does_not_depend_on_the_future() -> Non
         return torch.nn.functional.layer_norm(x, (64,)).bfloat16()
 
     memories = {"num_kv_heads": 2, "local_window": 32, "chunk_size": 4, "top_k": 4}
-    attn = build_attention("mka", hidden_size=64, num_heads=4, rotary=RotaryEmbedding(16), **memories)
+    attn = build_attention(
+        "mka", hidden_size=64, num_heads=4, rotary=RotaryEmbedding(16), **memories
+    )
     for parameter in attn.parameters():
         torch.nn.init.normal_(parameter, std=0.15, generator=generator)
     attn, past = attn.bfloat16(), smooth(512, 8)
-    one, other = (attn(torch.cat([past, smooth(1536, width)], 1))[0][:, :512].float() for width in (200, 1))
+    one, other = (
+        attn(torch.cat([past, smooth(1536, width)], 1))[0][:, :512].float() for width in (200, 1)
+    )
     assert (one - other).abs().max() <= 1e-2 * one.abs().max()
 
 

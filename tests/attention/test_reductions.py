@@ -1,4 +1,5 @@
-"""Guarantee 4: where two mechanisms are the same computation, they give the same outputs and gradients."""
+"""Guarantee 4: where two mechanisms are the same computation, they give the same outputs and
+gradients."""
 
 from typing import Any
 
@@ -10,11 +11,16 @@ import checks_state
 from mka.attention import CausalAttention, build_attention
 
 TOKENS = 40
-SHUT = {"mka": {"mix": "routed", "session_stride": 4, "top_k": 2}, "fmka": {"index_size": 3, "top_k": 2}}
+SHUT = {
+    "mka": {"mix": "routed", "session_stride": 4, "top_k": 2},
+    "fmka": {"index_size": 3, "top_k": 2},
+}
 
 
 def build(kind: str, **options: Any) -> CausalAttention:
-    attn = build_attention(kind, hidden_size=checks.HIDDEN_SIZE, num_heads=checks.NUM_HEADS, **options).double()
+    attn = build_attention(
+        kind, hidden_size=checks.HIDDEN_SIZE, num_heads=checks.NUM_HEADS, **options
+    ).double()
     torch.manual_seed(1)
     for parameter in attn.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -25,7 +31,9 @@ def assert_same(a: CausalAttention, b: CausalAttention) -> None:
     """With the projections of b in a: outputs, and the gradients of what both have."""
     missing, unexpected = a.load_state_dict(b.state_dict(), strict=False)
     assert not unexpected
-    assert not [name for name in missing if name.endswith("_proj.weight") and not name.startswith("index")]
+    assert not [
+        name for name in missing if name.endswith("_proj.weight") and not name.startswith("index")
+    ]
     x = checks.rows(2, TOKENS).requires_grad_()
     outputs = [attn(x)[0] for attn in (a, b)]
     checks.close(*outputs)
@@ -56,9 +64,18 @@ def test_a_shut_gate_without_window_is_gqa(kind: str, groups: int, rotary: Any) 
     assert_same(attn, build("gqa", **options))
 
 
-def with_all_retrieved(rotary: Any, tokens: int, window: int, chunk_size: int, sinks: int) -> CausalAttention:
-    options = {"local_window": window, "chunk_size": chunk_size, "sink_tokens": sinks, "rotary": rotary}
-    attn = build("mka", num_kv_heads=2, top_k=1 + tokens // chunk_size, session_decay=None, **options)
+def with_all_retrieved(
+    rotary: Any, tokens: int, window: int, chunk_size: int, sinks: int
+) -> CausalAttention:
+    options = {
+        "local_window": window,
+        "chunk_size": chunk_size,
+        "sink_tokens": sinks,
+        "rotary": rotary,
+    }
+    attn = build(
+        "mka", num_kv_heads=2, top_k=1 + tokens // chunk_size, session_decay=None, **options
+    )
     for name in ("weight", "bias"):
         torch.nn.init.zeros_(attn.get_parameter(f"router.output.{name}"))
     return attn
@@ -72,10 +89,13 @@ def with_all_retrieved(rotary: Any, tokens: int, window: int, chunk_size: int, s
 def test_joint_with_everything_retrieved_is_full_attention(
     rotary: Any, tokens: int, window: int, chunk_size: int, sinks: int
 ) -> None:
-    """Forward, backward, and in calls: window, sinks and chunks together are every token, each once."""
+    """Forward, backward, and in calls: window, sinks and chunks together are every token, each
+    once."""
     attn = with_all_retrieved(rotary, tokens, window, chunk_size, sinks)
     full = build("gqa", num_kv_heads=2, rotary=rotary)
-    full.load_state_dict({name: value for name, value in attn.state_dict().items() if name in full.state_dict()})
+    full.load_state_dict(
+        {name: value for name, value in attn.state_dict().items() if name in full.state_dict()}
+    )
     x = checks.rows(2, tokens).requires_grad_()
     outputs = [each(x)[0] for each in (attn, full)]
     checks.close(*outputs)
@@ -95,10 +115,14 @@ def test_joint_with_everything_retrieved_is_full_attention(
 @pytest.mark.parametrize("rotary", [None, checks.ROTARY])
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("off", ["options", "biases"])
-def test_joint_with_its_memories_off_is_windowed_attention_with_sinks(rotary: Any, sinks: int, off: str) -> None:
+def test_joint_with_its_memories_off_is_windowed_attention_with_sinks(
+    rotary: Any, sinks: int, off: str
+) -> None:
     options = {"num_kv_heads": 2, "local_window": 7, "sink_tokens": sinks, "rotary": rotary}
     none = {"session_decay": None, "top_k": 0}
-    attn = build("mka", **options, **(none if off == "options" else {"chunk_size": 1, "session_stride": 3}))
+    attn = build(
+        "mka", **options, **(none if off == "options" else {"chunk_size": 1, "session_stride": 3})
+    )
     if off == "biases":
         torch.nn.init.zeros_(attn.get_parameter("router.output.weight"))
         with torch.no_grad():
@@ -109,13 +133,25 @@ def test_joint_with_its_memories_off_is_windowed_attention_with_sinks(rotary: An
 
 @pytest.mark.parametrize("rotary", [None, checks.ROTARY])
 def test_a_shut_gate_of_joint_mka_shuts_the_session_alone(rotary: Any) -> None:
-    """As after a conversion: with everything else retrieved it is full attention, and the gate has a gradient."""
-    attn, full = with_all_retrieved(rotary, TOKENS, 5, 3, 4), build("gqa", num_kv_heads=2, rotary=rotary)
-    options = {"num_kv_heads": 2, "local_window": 5, "chunk_size": 3, "top_k": 14, "session_stride": 3}
+    """As after a conversion: with everything else retrieved it is full attention, and the gate has
+    a gradient."""
+    attn, full = (
+        with_all_retrieved(rotary, TOKENS, 5, 3, 4),
+        build("gqa", num_kv_heads=2, rotary=rotary),
+    )
+    options = {
+        "num_kv_heads": 2,
+        "local_window": 5,
+        "chunk_size": 3,
+        "top_k": 14,
+        "session_stride": 3,
+    }
     gated: Any = build("mka", **options, rotary=rotary)
     gated.load_state_dict(attn.state_dict() | {"session.decay_logit": gated.session.decay_logit})
     gated.router.learn_gate()
-    full.load_state_dict({name: value for name, value in attn.state_dict().items() if name in full.state_dict()})
+    full.load_state_dict(
+        {name: value for name, value in attn.state_dict().items() if name in full.state_dict()}
+    )
     x = checks.rows(2, TOKENS)
     y = gated(x)[0]
     checks.close(y, full(x)[0])
@@ -125,7 +161,9 @@ def test_a_shut_gate_of_joint_mka_shuts_the_session_alone(rotary: Any) -> None:
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("kind", SHUT)
-def test_without_session_and_long_term_the_local_level_is_all_there_is(kind: str, window: int | None) -> None:
+def test_without_session_and_long_term_the_local_level_is_all_there_is(
+    kind: str, window: int | None
+) -> None:
     options = {"num_kv_heads": 2, "local_window": window}
     assert_same(build(kind, **options, session_decay=None, top_k=0), build("gqa", **options))
 

@@ -1,4 +1,5 @@
-"""Heads with a learned logit for attending to nothing, and with a scale of their own: the contract holds for them."""
+"""Heads with a learned logit for attending to nothing, and with a scale of their own: the contract
+holds for them."""
 
 from typing import Any
 
@@ -10,7 +11,12 @@ from checks_state import TOKENS, assert_split_changes_nothing, padding
 
 KINDS = ("mha", "gqa", "mka", "fmka")
 VARIANTS = ("small", "far", "no-window", "routed")
-CASES = [(kind, variant) for kind in KINDS for variant in VARIANTS if variant not in checks.OF_MKA or kind == "mka"]
+CASES = [
+    (kind, variant)
+    for kind in KINDS
+    for variant in VARIANTS
+    if variant not in checks.OF_MKA or kind == "mka"
+]
 every_case = pytest.mark.parametrize(("kind", "variant"), CASES)
 
 

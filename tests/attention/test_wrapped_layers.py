@@ -1,4 +1,5 @@
-"""What wraps a layer, hooks it or keeps its weights in another form is honoured: layers are called, not read."""
+"""What wraps a layer, hooks it or keeps its weights in another form is honoured: layers are called,
+not read."""
 
 from typing import Any
 
@@ -39,7 +40,9 @@ def twice_before(module: nn.Module, inputs: Any) -> Any:
 
 @pytest.mark.parametrize(("kind", "variant", "name"), LAYERS)
 def test_every_layer_is_called(kind: str, variant: str, name: str) -> None:
-    checks_wrapped.assert_layer_is_called(checks.make(kind, variant), name, checks.make(kind, variant))
+    checks_wrapped.assert_layer_is_called(
+        checks.make(kind, variant), name, checks.make(kind, variant)
+    )
 
 
 @pytest.mark.parametrize("how", ["hook", "pre-hook", "parametrized", "pruned", "forward replaced"])
@@ -66,14 +69,18 @@ def test_what_changes_a_layer_of_mla_is_kept_in_decoding(how: str, name: str) ->
 
 @pytest.mark.parametrize("how", ["hook of all modules", "pre-hook of all modules", "the class"])
 @torch.no_grad()
-def test_what_changes_every_layer_is_kept_in_decoding(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_every_layer_is_kept_in_decoding(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attn, x = checks.make("mla", "rotary"), checks.rows(2, 20)
     plain, real, handle = attn(x)[0], nn.Linear.forward, None
     if how == "the class":
         monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: 2 * real(layer, x))
     elif how == "hook of all modules":
         handle = nn.modules.module.register_module_forward_hook(
-            lambda module, inputs, output: twice(module, inputs, output) if type(module) is nn.Linear else None
+            lambda module, inputs, output: (
+                twice(module, inputs, output) if type(module) is nn.Linear else None
+            )
         )
     else:
         handle = nn.modules.module.register_module_forward_pre_hook(twice_before)

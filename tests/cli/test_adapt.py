@@ -1,4 +1,5 @@
-"""mka adapt: what is trained and what is not, the same bytes after an interruption, and nothing half-written."""
+"""mka adapt: what is trained and what is not, the same bytes after an interruption, and nothing
+half-written."""
 
 import importlib.util
 import os
@@ -11,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import mka.experiments.adapting
 from checks_models import GEMMA, LLAMA, shake
@@ -38,7 +45,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = {"pretrained": model}
     for kind in ("mka", "fmka"):
         models[kind] = convert(model, kind, local_window=8, chunk_size=4, top_k=2)
-    gemma: dict[str, Any] = LLAMA | GEMMA | {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
+    gemma: dict[str, Any] = (
+        LLAMA | GEMMA | {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
+    )
     mixed = shake(AutoModelForCausalLM.from_config(Gemma3TextConfig(**gemma)))
     models["gemma3"] = convert(mixed, "mka", local_window=9, sink_tokens=3, chunk_size=4, top_k=2)
     for name, made in models.items():
@@ -47,10 +56,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def run(capsys: pytest.CaptureFixture[str], place: Path, *arguments: object) -> tuple[int, str, str]:
+def run(
+    capsys: pytest.CaptureFixture[str], place: Path, *arguments: object
+) -> tuple[int, str, str]:
     """`mka adapt` on the text; a later --model or --text_path takes the place of an earlier one."""
     capsys.readouterr()
-    status = cli.main(["adapt", "--text_path", str(place / "text.txt"), *map(str, SMALL), *map(str, arguments)])
+    status = cli.main(
+        ["adapt", "--text_path", str(place / "text.txt"), *map(str, SMALL), *map(str, arguments)]
+    )
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 
@@ -70,13 +83,19 @@ def after_attention(name: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["mka", "fmka", "gemma3"])
-def test_memories_alone_are_trained(kind: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memories_alone_are_trained(
+    kind: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "new"
     status, out, err = run(capsys, place, "--model", place / kind, "--output", output)
     assert (status, err) == (0, "")
     names = changed(place / kind, output)
     assert "router" in {after_attention(name).partition(".")[0] for name in names}
-    assert not [name for name in names if ".attention." not in name or after_attention(name).startswith(PRETRAINED)]
+    assert not [
+        name
+        for name in names
+        if ".attention." not in name or after_attention(name).startswith(PRETRAINED)
+    ]
     assert AutoTokenizer.from_pretrained(output)("the cat").input_ids
     count = sum(
         p.numel()
@@ -85,18 +104,29 @@ def test_memories_alone_are_trained(kind: str, place: Path, tmp_path: Path, caps
         if not name.startswith(PRETRAINED)
     )
     assert f"trained: {count:,} parameters of memories, 0 of LoRA" in out
-    for line in (r"full attention \d\.\d{4}, window and sinks", r"before \d\.\d{4} nats", r"after  \d\.\d{4} nats"):
+    for line in (
+        r"full attention \d\.\d{4}, window and sinks",
+        r"before \d\.\d{4} nats",
+        r"after  \d\.\d{4} nats",
+    ):
         assert re.search(line, out), out
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["new"]
     assert cli.main(["verify", str(output)]) == 0
-    assert cli.main(["generate", "--model", str(output), "--prompt", "the cat", "--max_new_tokens", "3"]) == 0
+    assert (
+        cli.main(
+            ["generate", "--model", str(output), "--prompt", "the cat", "--max_new_tokens", "3"]
+        )
+        == 0
+    )
 
 
 def test_lora_changes_the_projections_and_is_merged(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new"
-    status, out, err = run(capsys, place, "--model", place / "mka", "--output", output, "--lora_r", 2)
+    status, out, err = run(
+        capsys, place, "--model", place / "mka", "--output", output, "--lora_r", 2
+    )
     assert (status, err) == (0, "")
     names = changed(place / "mka", output)
     assert {after_attention(name).partition(".")[0] for name in names} >= {"router", *PROJECTIONS}
@@ -127,14 +157,14 @@ def test_interrupted_it_goes_on_to_the_same_weights(
         patch.setattr(Teacher, "__call__", stop_in_the_third)
         status, _, err = run(capsys, place, *command, tmp_path / "parts")
     assert status == 130
-    assert "after step 3 of 4; run the same command again to go on" in err
+    assert "after step 3 of 4; run the same command again to resume" in err
     assert not (tmp_path / "parts").exists()
     status, _, err = run(capsys, place, *command, tmp_path / "parts", "--learning_rate", 1e-2)
     assert status == 2
     assert "is of another run: learning_rate is 0.0005 there, 0.01 here" in err
     status, out, _ = run(capsys, place, *command, tmp_path / "parts")
     assert status == 0
-    assert "Going on after step 3 of 4" in out
+    assert "Resuming after step 3 of 4" in out
     assert not changed(tmp_path / "whole", tmp_path / "parts")
     assert not (tmp_path / "parts.checkpoints").exists()
 
@@ -143,8 +173,19 @@ def test_the_text_itself_can_be_what_is_learned(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Teacher, "__call__", None)
-    command = ("--model", place / "mka", "--output", tmp_path / "new", "--objective", "text", "--lora_r", 4)
-    status, out, _ = run(capsys, place, *command, "--max_steps", 12, "--learning_rate", 3e-3, "--batch_size", 2)
+    command = (
+        "--model",
+        place / "mka",
+        "--output",
+        tmp_path / "new",
+        "--objective",
+        "text",
+        "--lora_r",
+        4,
+    )
+    status, out, _ = run(
+        capsys, place, *command, "--max_steps", 12, "--learning_rate", 3e-3, "--batch_size", 2
+    )
     assert status == 0
     [before], [after] = (re.findall(rf"{word} +(\d\.\d+)", out) for word in ("before", "after"))
     assert float(after) < float(before)
@@ -155,7 +196,11 @@ def test_the_baselines_are_of_the_layer_with_a_memory(
 ) -> None:
     made: list[dict[str, Any]] = []
     real = mka.experiments.adapting.convert
-    monkeypatch.setattr(mka.experiments.adapting, "convert", lambda *args, **kw: made.append(kw) or real(*args, **kw))
+    monkeypatch.setattr(
+        mka.experiments.adapting,
+        "convert",
+        lambda *args, **kw: made.append(kw) or real(*args, **kw),
+    )
     command = ("--model", place / "gemma3", "--output", tmp_path / "new", "--max_steps", 1)
     assert run(capsys, place, *command)[0] == 0
     assert made == [
@@ -176,21 +221,27 @@ def test_a_folder_may_be_called_as_a_tokenizer_is(
     AutoTokenizer.from_pretrained(place / "mka").save_pretrained("small")
     status, _, err = run(capsys, place, "--model", "small", "--output", "newer")
     assert status == 2
-    assert re.search(r"model is 'small'; its tokenizer has \d+ tokens and it knows 99", err)
+    said = r"model is 'small'; its tokenizer has \d+ tokens, but the model knows only 99"
+    assert re.search(said, err)
 
 
 def test_a_text_in_which_no_range_is_used_is_said(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mka.experiments.adapting.Task, "loss", lambda *_: 2.0)
-    _, out, _ = run(capsys, place, "--model", place / "mka", "--output", tmp_path / "new", "--max_steps", 1)
+    _, out, _ = run(
+        capsys, place, "--model", place / "mka", "--output", tmp_path / "new", "--max_steps", 1
+    )
     assert "2.0000 nats per token (full attention is no better than the window on this text)" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "pretrained"), "its attention is llama, which has no memories; make some first: mka convert"),
+        (
+            ("--model", "pretrained"),
+            "its attention is llama, which has no memories; add them first: mka convert",
+        ),
         (("--model", "nowhere"), "model is 'nowhere'"),
         (("--sequence_length", 12), "sequence_length is 12; it must be above .* together, 12"),
         (("--text_path", "nowhere.txt"), "nowhere.txt"),
@@ -200,7 +251,7 @@ def test_a_text_in_which_no_range_is_used_is_said(
         (("--batch_size", 0), "batch_size is 0; it must be at least 1"),
         (("--objective", "techer"), "invalid choice 'techer'"),
         (("--sequence_length", 10**6), "one block needs"),
-        (("--output", ""), "output is ''; it is there and not empty"),
+        (("--output", ""), "output is ''; it exists and is not empty"),
     ],
 )
 def test_what_is_refused(
@@ -212,7 +263,9 @@ def test_what_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(place)
-    status, out, err = run(capsys, place, "--model", place / "mka", "--output", tmp_path / "new", *arguments)
+    status, out, err = run(
+        capsys, place, "--model", place / "mka", "--output", tmp_path / "new", *arguments
+    )
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert re.search(message, err), err
@@ -222,16 +275,25 @@ def test_what_is_refused(
 def test_a_window_that_is_not_there_a_full_folder_and_a_missing_package(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = convert(AutoModelForCausalLM.from_pretrained(place / "pretrained"), "fmka", chunk_size=4, local_window=None)
+    whole = convert(
+        AutoModelForCausalLM.from_pretrained(place / "pretrained"),
+        "fmka",
+        chunk_size=4,
+        local_window=None,
+    )
     whole.save_pretrained(tmp_path / "whole")
     AutoTokenizer.from_pretrained(place / "mka").save_pretrained(tmp_path / "whole")
     _, _, err = run(capsys, place, "--model", tmp_path / "whole", "--output", tmp_path / "new")
-    assert "have no local_window beyond which they would be needed" in err
+    assert "it has no local_window, so its memories are never needed" in err
     _, _, err = run(capsys, place, "--model", place / "mka", "--output", tmp_path / "whole")
-    assert "it is there and not empty" in err
+    assert "it exists and is not empty" in err
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
-    _, _, err = run(capsys, place, "--model", place / "mka", "--output", tmp_path / "new", "--lora_r", 2)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "peft" else real(name)
+    )
+    _, _, err = run(
+        capsys, place, "--model", place / "mka", "--output", tmp_path / "new", "--lora_r", 2
+    )
     assert "lora_r is 2; LoRA needs the package peft: pip install peft" in err
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, err = run(capsys, place, "--model", place / "mka", "--output", tmp_path / "new")

@@ -1,4 +1,5 @@
-"""A file that is altered is refused by every command that reads it, in one line, before anything is written."""
+"""A file that is altered is refused by every command that reads it, in one line, before anything is
+written."""
 
 import json
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mka import cli
-from mka.results import read_results, results_path
+from mka.record.results import RunFolder, read_results
 from tiny_runs import Place, end, fingerprint, finished_run, with_copy
 
 BENCH = ("--attention_type", "mka", "--max_steps", 1, "--local_window", 8, "--chunk_size", 4)
@@ -36,13 +37,15 @@ def refused(place: Place, path: Path, words: tuple[object, ...]) -> None:
     entry = cli.bench if words[0] == "--preset" else cli.main
     complaint = end(entry, *words).complaint
     assert (
-        f"{path.relative_to(place.folder)} is altered: it is not as it was written; put it back, or delete "
-        in complaint
-    )
+        f"{path.relative_to(place.folder)} is altered: it is not as it was written; put it "
+        "back, or delete "
+    ) in complaint
     assert fingerprint(place.folder) == before
 
 
-@pytest.mark.parametrize("name", ["config.json", "environment.json", "costs.jsonl", "routing/mka-seed0.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "environment.json", "costs.jsonl", "routing/mka-seed0.json"]
+)
 def test_a_file_of_a_run(copied: Place, name: str) -> None:
     path = copied.folder / "run" / name
     flip(path)
@@ -54,7 +57,9 @@ def test_a_file_of_a_run(copied: Place, name: str) -> None:
         assert copied.bench(*BENCH).status == 0, "it is taken as it is"
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
 def test_a_file_of_a_model(copied: Place, name: str) -> None:
     model, text = copied.folder / MODEL, ("--dataset", "text", "--text_path", copied.corpus)
     flip(model / name)
@@ -66,7 +71,15 @@ def test_a_file_of_a_model(copied: Place, name: str) -> None:
         ("eval", "router", "--model", model, *text),
         ("eval", "needle", "--model", model),
         ("eval", "recall", "--model", model),
-        ("memory", "add", copied.folder / "prompt.txt", "--model", model, "--bank", copied.folder / "bank"),
+        (
+            "memory",
+            "add",
+            copied.folder / "prompt.txt",
+            "--model",
+            model,
+            "--bank",
+            copied.folder / "bank",
+        ),
         (*copied.options, "--tokenizer", model, "--output_dir", copied.folder / "other"),
     ):
         refused(copied, model / name, words)
@@ -78,7 +91,10 @@ def test_a_model_that_was_edited_on_purpose(copied: Place) -> None:
     held = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(held | {"top_k": 1}))
     generate = ("generate", "--model", model, "--prompt", "def", "--max_new_tokens", 2)
-    assert f"or delete {model / 'manifest.json'} to take the folder as it is" in end(cli.main, *generate).complaint
+    assert (
+        f"or delete {model / 'manifest.json'} to accept the folder as it is"
+        in end(cli.main, *generate).complaint
+    )
     (model / "manifest.json").unlink()
     assert end(cli.main, *generate).status == 0
 
@@ -92,11 +108,14 @@ def test_a_model_that_was_copied_is_still_checked(copied: Place) -> None:
 
 
 def test_a_line_of_results(copied: Place) -> None:
-    path = results_path(copied.folder / "run")
+    path = RunFolder(copied.folder / "run").results
     path.write_bytes(path.read_bytes().replace(b'"perplexity": ', b'"perplexity": 1', 1))
     before = fingerprint(copied.folder)
     for ended in (end(cli.main, "report", copied.folder / "run"), copied.bench(*BENCH)):
-        assert "results.jsonl line 1 is altered: its checksum does not fit; take the line out" in ended.complaint
+        assert (
+            "results.jsonl line 1 is altered: its checksum does not fit; take the line out"
+            in ended.complaint
+        )
     assert fingerprint(copied.folder) == before
     path.write_bytes(b"")
     ended = copied.bench(*BENCH)
@@ -111,7 +130,9 @@ def test_what_is_missing_is_said_and_the_report_drawn(copied: Place) -> None:
     (run / "curves" / "mka-seed0.jsonl").unlink()
     ended = end(cli.main, "report", run, "--html", copied.folder / "page.html")
     assert (ended.status, ended.err) == (0, f"warning: {run}: curves/mka-seed0.jsonl is missing\n")
-    assert "curves/mka-seed0.jsonl is missing." in (copied.folder / "page.html").read_text(encoding="utf-8")
+    assert "curves/mka-seed0.jsonl is missing." in (copied.folder / "page.html").read_text(
+        encoding="utf-8"
+    )
     (run / "costs.jsonl").unlink()
     assert "warning: " in copied.bench(*BENCH).err
     assert (run / "costs.jsonl").is_file(), "what a run observes it observes again"
@@ -119,13 +140,19 @@ def test_what_is_missing_is_said_and_the_report_drawn(copied: Place) -> None:
 
 
 def test_a_folder_of_an_earlier_version_goes_on(copied: Place) -> None:
-    """Without manifests, and with results of the third schema: read as it is, and under a manifest from then on."""
+    """Without manifests, and with results of the third schema: read as it is, and under a manifest
+    from then on."""
     run = copied.folder / "run"
     for manifest in run.rglob("manifest.json"):
         manifest.unlink()
-    rows = [json.loads(line) for line in results_path(run).read_text().splitlines()]
-    old = [{name: value for name, value in row.items() if name != "checksum"} | {"schema_version": 3} for row in rows]
-    results_path(run).write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in old))
+    rows = [json.loads(line) for line in RunFolder(run).results.read_text().splitlines()]
+    old = [
+        {name: value for name, value in row.items() if name != "checksum"} | {"schema_version": 3}
+        for row in rows
+    ]
+    RunFolder(run).results.write_text(
+        "".join(json.dumps(row, sort_keys=True) + "\n" for row in old)
+    )
     assert end(cli.main, "report", run).err == ""
     ended = copied.bench(*BENCH, "--seeds", 0, 1)
     assert (ended.status, ended.err) == (0, "")

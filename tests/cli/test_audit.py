@@ -1,4 +1,5 @@
-"""mka audit module: correct modules pass, each planted leak turns its own checks red; mka audit original."""
+"""mka audit module: correct modules pass, each planted leak turns its own checks red; mka audit
+original."""
 
 import importlib.util
 import json
@@ -12,7 +13,7 @@ import pytest
 
 from mka import cli
 from mka.attention import ATTENTION_TYPES
-from mka.experiments import original
+from mka.audit import original
 
 LEAKY = "leaky_modules"
 
@@ -47,8 +48,9 @@ def test_our_mechanisms_pass(kind: str, dtype: str, capsys: pytest.CaptureFixtur
     options = {"gqa": ["num_kv_heads=1"], "mla": []}.get(kind, ["local_window=5"])
     options = [*options, "chunk_size=3"] if "mka" in kind else options
     status, out, _ = run(
-        capsys, "module", f"{module.__module__}:{module.__name__}", "--hidden_size", 16, "--num_heads", 2,
-        "--tokens", 20, "--dtype", dtype, *(["--options", *options] if options else []),
+        capsys, "module", f"{module.__module__}:{module.__name__}", "--hidden_size", 16,
+        "--num_heads", 2, "--tokens", 20, "--dtype", dtype,
+        *(["--options", *options] if options else []),
     )  # fmt: skip
     assert status == 0, out
     found = results(out)
@@ -80,24 +82,39 @@ def test_each_leak_turns_its_checks_red(name: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(("name", "decoding"), [("of_gpt2", "pass"), ("CacheWrittenLate", "FAIL")])
-def test_a_cache_of_transformers(name: str, decoding: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_of_transformers(
+    name: str, decoding: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["module", f"{LEAKY}:{name}", "--hidden_size", 8, "--num_heads", 2, "--tokens", 12]
     call = ["--call", "attention_mask=null"] if name == "of_gpt2" else []
     status, out, err = run(capsys, *command, *call)
     found = results(out)
     assert found["decoding"] == decoding, out + err
-    assert [check for check, result in found.items() if result == "FAIL"] == ["decoding"] * (decoding == "FAIL")
+    assert [check for check, result in found.items() if result == "FAIL"] == ["decoding"] * (
+        decoding == "FAIL"
+    )
     assert status == (decoding == "FAIL")
 
 
 def test_the_pair_is_that_of_the_leak(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "module", f"{LEAKY}:OneTooFar", "--hidden_size", 8, "--tokens", 12)
-    for output, source in re.findall(r"^(?:gradient|future) +FAIL .* output (\d+) from token (\d+)", out, re.MULTILINE):
+    for output, source in re.findall(
+        r"^(?:gradient|future) +FAIL .* output (\d+) from token (\d+)", out, re.MULTILINE
+    ):
         assert int(source) == int(output) + 1
 
 
 def test_torchs_own_attention_leaks_without_a_mask(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["module", "torch.nn:MultiheadAttention", "--hidden_size", 8, "--num_heads", 2, "--tokens", 6]
+    command = [
+        "module",
+        "torch.nn:MultiheadAttention",
+        "--hidden_size",
+        8,
+        "--num_heads",
+        2,
+        "--tokens",
+        6,
+    ]
     status, out, _ = run(capsys, *command, "--options", "batch_first=true")
     assert status == 1
     assert results(out)["padding"] == "pass"
@@ -108,14 +125,24 @@ BAD = {
     "module no.such:Thing --hidden_size 8": "no.such cannot be imported",
     "module torch.nn:Nothing --hidden_size 8": "torch.nn has no class or function 'Nothing'",
     "module torch.nn:Linear --hidden_size 8": "cannot be built with {}: TypeError",
-    "module torch.nn:Identity --hidden_size 8 --num_heads 2": "num_heads is 2; torch.nn:Identity takes none of",
+    "module torch.nn:Identity --hidden_size 8 --num_heads 2": (
+        "num_heads is 2; torch.nn:Identity takes none of"
+    ),
     "module torch.nn:Identity --hidden_size 0": "hidden_size is 0; it must be at least 1",
     "module torch.nn:Identity --hidden_size 8 --tokens 1": "tokens is 1; it must be at least 2",
-    "module torch.nn:Identity --hidden_size 8 --options bias": "options holds 'bias'; give NAME=VALUE",
-    f"module {LEAKY}:NeedsMore --hidden_size 8": "forward of NeedsMore needs 'rope'; give it by --call rope=VALUE",
-    f"module {LEAKY}:NeedsMore --hidden_size 8 --call x=1 rope=2": "forward of NeedsMore failed: TypeError",
+    (
+        "module torch.nn:Identity --hidden_size 8 --options bias"
+    ): "options holds 'bias'; give NAME=VALUE",
+    f"module {LEAKY}:NeedsMore --hidden_size 8": (
+        "forward of NeedsMore needs 'rope'; give it by --call rope=VALUE"
+    ),
+    (
+        f"module {LEAKY}:NeedsMore --hidden_size 8 --call x=1 rope=2"
+    ): "forward of NeedsMore failed: TypeError",
     f"module {LEAKY}:Random --hidden_size 8": "two calls with one input differ",
-    f"module {LEAKY}:Halves --hidden_size 8": "forward of Halves gives (3, 32, 4) for an input of (3, 32, 8)",
+    f"module {LEAKY}:Halves --hidden_size 8": (
+        "forward of Halves gives (3, 32, 4) for an input of (3, 32, 8)"
+    ),
     f"module {LEAKY}:not_a_module --hidden_size 8": "makes a str; it must be a torch.nn.Module",
     "module torch.nn:Identity --hidden_size 8 --dtype float16": "float16",
     "original --max_steps 0": "max_steps is 0; it must be at least 1",
@@ -137,8 +164,10 @@ def test_a_leak_goes_below_the_floor(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     """Four symbols in short rows: what takes minutes at 64 takes seconds here."""
     monkeypatch.setattr(original, "SYMBOLS", 4)
     monkeypatch.setattr(original, "UNIFORM_LENGTH", 8)
-    config = original.AuditOriginalConfig(max_steps=300)
-    loss = {protocol.name: original.on_uniform(protocol, config) for protocol in original.ON_UNIFORM}
+    config = original.Training(max_steps=300)
+    loss = {
+        protocol.name: original.on_uniform(protocol, config) for protocol in original.ON_UNIFORM
+    }
     floor = math.log(4)
     assert loss["right"] > floor - 0.01
     assert loss["no causal mask"] < floor / 2
@@ -149,15 +178,31 @@ def test_original_prints_every_protocol(tmp_path: Path, capsys: pytest.CaptureFi
     text = tmp_path / "text"
     text.mkdir()
     for number in range(4):
-        (text / f"{number}.txt").write_text("\n\n".join(f"line {n} of {number} says so\nand so on" for n in range(200)))
+        (text / f"{number}.txt").write_text(
+            "\n\n".join(f"line {n} of {number} says so\nand so on" for n in range(200))
+        )
     output = tmp_path / "audit.jsonl"
-    command = ["original", "--max_steps", 2, "--sequence_length", 32, "--dataset", "text", "--text_path", text]
+    command = [
+        "original",
+        "--max_steps",
+        2,
+        "--sequence_length",
+        32,
+        "--dataset",
+        "text",
+        "--text_path",
+        text,
+    ]
     status, out, _ = run(capsys, *command, "--output", output)
     assert status == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     names = ["right", "no causal mask", "whole row mean"]
     everything = [*names, "padding scored", "evaluated on train", "all four: the original"]
-    assert [row["protocol"] for row in rows] == [*names, "no causal mask, whole row mean", *everything]
+    assert [row["protocol"] for row in rows] == [
+        *names,
+        "no causal mask, whole row mean",
+        *everything,
+    ]
     assert all(row["perplexity"] == math.exp(row["loss"]) for row in rows)
     assert all(f"{row['loss']:.3f}" in out for row in rows)
     assert "ln 64 = 4.159" in out
@@ -174,8 +219,11 @@ def test_packed_rows_are_one_stream() -> None:
 
 
 @pytest.mark.parametrize("protocol", original.ON_TEXT, ids=lambda protocol: protocol.name)
-def test_what_is_trained_on_and_what_is_scored(protocol: original.Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows themselves: filled up or packed, of the validation split or of those that were trained on."""
+def test_what_is_trained_on_and_what_is_scored(
+    protocol: original.Protocol, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows themselves: filled up or packed, of the validation split or of those that were
+    trained on."""
     seen: dict[str, set[tuple[int, ...]]] = {}
 
     def rows_of(batches: list[Any]) -> set[tuple[int, ...]]:
@@ -191,8 +239,10 @@ def test_what_is_trained_on_and_what_is_scored(protocol: original.Protocol, monk
     monkeypatch.setattr(original, "train_model", train_model)
     monkeypatch.setattr(original, "mean_loss", mean_loss)
     draws = original.np.random.default_rng(0)
-    data = {split: [draws.integers(1, 99, 5) for _ in range(200)] for split in ("train", "validation")}
-    original.on_text(protocol, original.AuditOriginalConfig(max_steps=5, sequence_length=12), data, 0)
+    data = {
+        split: [draws.integers(1, 99, 5) for _ in range(200)] for split in ("train", "validation")
+    }
+    original.on_text(protocol, original.Training(max_steps=5, sequence_length=12), data, 0)
     for rows in seen.values():
         assert all((row[5:] == (0,) * 8) == protocol.padding_scored for row in rows)
     assert (seen["scored"] <= seen["train"]) == protocol.evaluated_on_train

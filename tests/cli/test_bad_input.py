@@ -10,28 +10,41 @@ from typing import Any
 
 import pytest
 
-from mka import cli, results
-from mka.config import PRESETS, BenchmarkConfig
-from mka.limits import InputError
+from mka import cli
+from mka.errors import InputError
+from mka.record import results
+from mka.record.config import PRESETS, BenchmarkConfig
 from tiny_runs import TINY, Place, end, fingerprint, write_corpus
 
 SETTINGS = {
-    "--attention_type mak": "unknown attention_type 'mak'; allowed: mha, mqa, gqa, mla, mka, fmka; nearest: 'mka'",
+    "--attention_type mak": (
+        "unknown attention_type 'mak'; allowed: mha, mqa, gqa, mla, mka, fmka; nearest: 'mka'"
+    ),
     "--attention_type mha FMK": "unknown attention_type 'FMK'; .*; nearest: 'fmka'",
     "--attention_type gpa": "nearest: 'gqa'",
-    "--preset tinny": "unknown preset 'tinny'; allowed: quick, small, gpt2, tiny, .*; nearest: 'tiny'",
+    "--preset tinny": (
+        "unknown preset 'tinny'; allowed: quick, small, gpt2, tiny, .*; nearest: 'tiny'"
+    ),
     "--dataset wikitext-2": "unknown dataset 'wikitext-2'; allowed: .*; nearest: 'wikitext2'",
     "--dataset stdlib": "text_path is '.*' but dataset is 'stdlib'; give --dataset text",
     "--num_groups 3": "num_groups is 3; it must divide the 8 heads: 1, 2, 4, 8",
     "--num_groups 0": "num_groups is 0; it must divide the 8 heads: 1, 2, 4, 8",
-    "--preset twelve --num_groups 8": "num_groups is 8; it must divide the 12 heads: 1, 2, 3, 4, 6, 12",
+    "--preset twelve --num_groups 8": (
+        "num_groups is 8; it must divide the 12 heads: 1, 2, 3, 4, 6, 12"
+    ),
     "--preset odd": "num_heads is 12; it must divide hidden_size 32: 1, 2, 4, 8, 16, 32",
     "--local_window 0": "local_window is 0; it must be at least 1",
     "--local_window -128": "local_window is -128; it must be at least 1",
-    "--local_window 4 --sink_tokens 4": "sink_tokens is 4; local_window is 4; sinks need a window that is larger",
-    "--attention_type mha --sink_tokens 4": "sink_tokens is 4; there is no local_window; sinks need a window",
+    "--local_window 4 --sink_tokens 4": (
+        "sink_tokens is 4; local_window is 4; sinks need a window that is larger"
+    ),
+    "--attention_type mha --sink_tokens 4": (
+        "sink_tokens is 4; there is no local_window; sinks need a window"
+    ),
     "--sink_tokens -1": "sink_tokens is -1; it must be at least 0",
-    "--memory_layers 2 --match parameters": "memory_layers is 2 and match is 'parameters'; sizes are matched",
+    "--memory_layers 2 --match parameters": (
+        "memory_layers is 2 and match is 'parameters'; sizes can only be matched"
+    ),
     "--chunk_size 0": "chunk_size is 0; it must be at least 1",
     "--top_k -1": "top_k is -1; it must be at least 0",
     "--session_decay 2": "session_decay is 2.0; it must be 'learned', None or between 0 and 1",
@@ -39,7 +52,7 @@ SETTINGS = {
     "--session_decay -0.5": "session_decay is -0.5",
     "--session_decay nan": "session_decay is nan",
     "--fp16 --bf16": "--fp16 and --bf16 are both given; choose one",
-    "--seeds 0 1 0": r"seeds is \[0, 1, 0\]; give one or more different numbers from 0 up",
+    "--seeds 0 1 0": r"seeds is \[0, 1, 0\]; give distinct non-negative integers",
     "--seeds -1": r"seeds is \[-1\]",
     "--seeds": r"seeds is \[\]",
     "--sequence_length 0": "sequence_length is 0; it must be at least 1",
@@ -68,7 +81,10 @@ WORDS = {
     "--learning_rate fast": "Error parsing --learning_rate: .*FLOAT.*'fast'",
     "--session_decay lerned": "Error parsing --session_decay: .*{learned}.*'lerned'",
     "--seeds a": r"Error parsing --seeds: .*\['a'\]",
-    "--match params": r"choice 'params' for .*'--match'. .* \('auto', 'none', 'parameters', 'flops', 'cache'\)",
+    "--match params": (
+        r"choice 'params' for .*'--match'. .* \('auto', 'none', 'parameters', "
+        r"'flops', 'cache'\)"
+    ),
     "--mix jont": r"choice 'jont' for .*'--mix'. .* \('joint', 'routed'\)",
     "--longterm_positions tru": r"choice 'tru' for .* \('true', 'clamped', 'none'\)",
     "--learning_rate": "Missing value for argument '--learning_rate'",
@@ -85,7 +101,8 @@ def more_presets(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Run the command, which must refuse; returns its line. The folder and the token cache are as they were."""
+    """Run the command, which must refuse; returns its line. The folder and the token cache are as
+    they were."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
 
     def run(*arguments: object, entry: Callable[..., int] = cli.bench) -> str:
@@ -99,14 +116,18 @@ def refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]
 
 
 @pytest.mark.parametrize("words", SETTINGS)
-def test_a_setting_that_is_not_allowed(place: Place, refused: Callable[..., str], words: str) -> None:
+def test_a_setting_that_is_not_allowed(
+    place: Place, refused: Callable[..., str], words: str
+) -> None:
     line = refused(*place.options, "--output_dir", "run", *words.split())
     assert line.startswith("benchmark.py: ")
     assert_matches(line, SETTINGS[words])
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_words_that_are_not_understood(place: Place, refused: Callable[..., str], words: str) -> None:
+def test_words_that_are_not_understood(
+    place: Place, refused: Callable[..., str], words: str
+) -> None:
     line = refused(*place.options, *words.split())
     assert_matches(line, WORDS[words])
     assert line.endswith("(--help lists all options)")
@@ -168,9 +189,21 @@ def prepare(folder: Path, kind: str) -> Path:
         ("folder of pictures", "is a folder without any UTF-8 text"),
     ],
 )
-def test_a_corpus_that_cannot_be_read(place: Place, refused: Callable[..., str], kind: str, reason: str) -> None:
+def test_a_corpus_that_cannot_be_read(
+    place: Place, refused: Callable[..., str], kind: str, reason: str
+) -> None:
     path = prepare(place.folder, kind)
-    line = refused("--preset", "tiny", "--dataset", "text", "--output_dir", "run", "--text_path", place.corpus, path)
+    line = refused(
+        "--preset",
+        "tiny",
+        "--dataset",
+        "text",
+        "--output_dir",
+        "run",
+        "--text_path",
+        place.corpus,
+        path,
+    )
     assert line.startswith(f"benchmark.py: text_path '{path}' {reason}; give ")
 
 
@@ -182,7 +215,8 @@ def test_a_file_that_may_not_be_read(place: Place, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("mka.data.files.Path.read_bytes", denied)
     assert place.bench().complaint == (
-        f"benchmark.py: text_path '{place.corpus}' cannot be read: Permission denied; give UTF-8 text"
+        f"benchmark.py: text_path '{place.corpus}' cannot be read: Permission denied; give "
+        "UTF-8 text"
     )
     assert list(place.folder.iterdir()) == []
 
@@ -194,11 +228,14 @@ def test_text_without_a_path(refused: Callable[..., str], options: tuple[str, ..
 
 @pytest.mark.parametrize(("characters", "length"), [(40, 32), (16_000, 2_000)])
 def test_a_corpus_shorter_than_one_block(place: Place, characters: int, length: int) -> None:
-    """What is known only after tokenizing may leave an entry in the token cache, and nothing else."""
+    """What is known only after tokenizing may leave an entry in the token cache, and nothing
+    else."""
     path = write_corpus(place.folder / "corpus.txt", characters)
     before = fingerprint(place.folder)
     complaint = Place(place.folder, path).bench("--sequence_length", length).complaint
-    assert f"one block needs {length + 1}; use a shorter --sequence_length or more text" in complaint
+    assert (
+        f"one block needs {length + 1}; use a shorter --sequence_length or more text" in complaint
+    )
     assert fingerprint(place.folder) == before
 
 
@@ -215,14 +252,27 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "offline"),
     [
-        (["--dataset", "wikitext2"], "offline use --dataset stdlib, or --dataset text --text_path FILE"),
-        (["--dataset", "wikitext103"], "offline use --dataset stdlib, or --dataset text --text_path FILE"),
-        (["--tokenizer", "nobody/nothing"], "offline use bpe, gpt2, or a folder or file with a tokenizer.json"),
+        (
+            ["--dataset", "wikitext2"],
+            "offline use --dataset stdlib, or --dataset text --text_path FILE",
+        ),
+        (
+            ["--dataset", "wikitext103"],
+            "offline use --dataset stdlib, or --dataset text --text_path FILE",
+        ),
+        (
+            ["--tokenizer", "nobody/nothing"],
+            "offline use bpe, gpt2, or a folder or file with a tokenizer.json",
+        ),
     ],
 )
 @pytest.mark.usefixtures("no_hub")
 def test_a_hub_out_of_reach(
-    place: Place, refused: Callable[..., str], options: list[str], offline: str, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    refused: Callable[..., str],
+    options: list[str],
+    offline: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place.folder / "datasets")
     corpus = [] if "--dataset" in options else ["--dataset", "text", "--text_path", place.corpus]
@@ -270,7 +320,7 @@ def test_a_full_disk_keeps_what_is_finished(place: Place, monkeypatch: pytest.Mo
     def append_until_full(folder: Path, result: results.Result) -> None:
         if result.attention_type != "gqa":
             return append(folder, result)
-        kept.append(results.results_path(folder).read_bytes())
+        kept.append(results.RunFolder(folder).results.read_bytes())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(results.os, "fsync", no_space)
             return append(folder, result)
@@ -278,7 +328,8 @@ def test_a_full_disk_keeps_what_is_finished(place: Place, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr("mka.experiments.benchmark.append_result", append_until_full)
         complaint = place.bench(*command).complaint
-    assert "No space left on device; make room and run the same command again to go on" in complaint
+    said = "No space left on device; make room and run the same command again to resume"
+    assert said in complaint
     assert (place.folder / "run" / "results.jsonl").read_bytes() == kept[0]
     assert place.keys() == [("mha", 0), ("mqa", 0)]
     assert place.bench(*command).status == 0
@@ -298,12 +349,21 @@ def test_a_full_disk_at_the_start(place: Place, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        ("", "Expected one of {bench, report, convert, adapt, verify, generate, chat, memory, eval, audit}"),
-        ("bnch", "Unrecognized options: bnch"),
+        (
+            "",
+            (
+                "Expected one of {bench, report, convert, adapt, verify, generate, chat, memory, "
+                "eval, audit}"
+            ),
+        ),
+        ("bnch", "unknown command 'bnch'; .*; nearest: 'bench'"),
         ("bench stray", "Unrecognized options: stray"),
         (
             "--preset quick",
-            "--preset .*; a command comes first: bench, report, convert, adapt, verify, .*, eval or audit",
+            (
+                "--preset is not a command; a command comes first: bench, report, "
+                "convert, .*, eval, audit"
+            ),
         ),
         ("bench --learning_rat 3", "nearest: --learning_rate"),
         ("bench --attention_type mak", "nearest: 'mka'"),
@@ -312,11 +372,18 @@ def test_a_full_disk_at_the_start(place: Place, monkeypatch: pytest.MonkeyPatch)
         ("report empty", "empty holds no results.jsonl"),
         ("report torn", r"torn/results\.jsonl holds no finished result yet"),
         ("report foreign", r"foreign/results\.jsonl line 1 is not a result of schema version 1"),
-        ("report empty more", "2 folders are given without a page; add --html FILE or --markdown FILE"),
+        (
+            "report empty more",
+            "2 folders are given without a page; add --html FILE or --markdown FILE",
+        ),
     ],
 )
 def test_mka(place: Place, refused: Callable[..., str], words: str, pattern: str) -> None:
-    for name, content in {"empty": None, "torn": '{"schema_ver', "foreign": '{"schema_version": 7}\n'}.items():
+    for name, content in {
+        "empty": None,
+        "torn": '{"schema_ver',
+        "foreign": '{"schema_version": 7}\n',
+    }.items():
         (place.folder / name).mkdir()
         if content:
             (place.folder / name / "results.jsonl").write_text(content)
@@ -331,8 +398,9 @@ def test_a_narrow_terminal_changes_nothing(
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     line = refused("--bach_size", "3")
-    assert (
-        line == "benchmark.py: Unrecognized options: --bach_size, 3; nearest: --batch_size (--help lists all options)"
+    assert line == (
+        "benchmark.py: Unrecognized options: --bach_size, 3; nearest: --batch_size (--help "
+        "lists all options)"
     )
 
 
@@ -348,6 +416,10 @@ def test_a_training_that_diverges(place: Place) -> None:
     assert ended.status == 1
     assert len(ended.err.splitlines()) == 1
     assert_matches(
-        ended.err, rf"^mka: mha, seed 0: the loss at step \d is (nan|inf); {LAYER}; try a lower --learning_rate$"
+        ended.err,
+        (
+            rf"^mka: mha, seed 0: the loss at step \d is (nan|inf); {LAYER}; try a lower "
+            r"--learning_rate$"
+        ),
     )
     assert "Traceback" not in ended.err

@@ -1,4 +1,5 @@
-"""Documents of one name in a bank, texts of several names, and what was edited since it was read."""
+"""Documents of one name in a bank, texts of several names, and what was edited since it was
+read."""
 
 import json
 import shutil
@@ -41,7 +42,15 @@ def write(place: Path, name: str, text: str) -> Path:
 
 
 def add(place: Path, *documents: Path, replace: bool = False) -> list[str]:
-    words = ["memory", "add", *map(str, documents), "--model", str(place / "model"), "--bank", str(place / "bank")]
+    words = [
+        "memory",
+        "add",
+        *map(str, documents),
+        "--model",
+        str(place / "model"),
+        "--bank",
+        str(place / "bank"),
+    ]
     return [*words, *(["--replace"] if replace else [])]
 
 
@@ -68,12 +77,16 @@ def held(place: Path) -> list[tuple[str, str]]:
     return [(document.name, document.identity) for document in Bank(place / "bank").documents()]
 
 
-def test_a_name_that_two_documents_have_is_not_enough(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_two_documents_have_is_not_enough(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cli.main(add(place, write(place, "other/notes.txt", NEW)))
     before = files_of(place)
     line = refused(capsys, remove(place, "notes.txt"))
     both = f"{min(identity(OLD), identity(NEW))}, {max(identity(OLD), identity(NEW))}"
-    assert f"has 2 documents named 'notes.txt': {both}; give the identity of the one to take out" in line
+    assert (
+        f"has 2 documents named 'notes.txt': {both}; give the identity of the one to remove" in line
+    )
     assert files_of(place) == before
     for text, rest in ((NEW, [("notes.txt", identity(OLD))]), (OLD, [])):
         assert said(capsys, remove(place, identity(text))) == [f"removed {identity(text)}"]
@@ -88,23 +101,28 @@ def test_an_identity_goes_before_a_name(place: Path, capsys: pytest.CaptureFixtu
     assert said(capsys, remove(place, identity(OLD))) == [f"removed {identity(NEW)}"]
 
 
-def test_a_document_that_was_edited_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_document_that_was_edited_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = said(capsys, add(place, write(place, "notes.txt", NEW)))
     assert lines[0].startswith(f"{identity(NEW)} notes.txt: ")
     assert lines[1:] == [
-        f"notes.txt: another text of this name stays in the bank, {identity(OLD)}; to take it out: mka memory remove "
+        f"notes.txt: another text of this name stays in the bank, {identity(OLD)}; to remove "
+        "it: mka memory remove "
         f"{identity(OLD)} --bank {place / 'bank'}, or add with --replace"
     ]
     assert held(place) == [("notes.txt", identity(OLD)), ("notes.txt", identity(NEW))]
     lines = said(capsys, add(place, write(place, "notes.txt", ELSE)))
-    assert f"stays in the bank, {identity(OLD)}, {identity(NEW)}; to take it out" in lines[1]
+    assert f"stays in the bank, {identity(OLD)}, {identity(NEW)}; to remove it" in lines[1]
 
 
-def test_an_edited_document_replaces_what_it_was(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_edited_document_replaces_what_it_was(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     notes, more = write(place, "notes.txt", NEW), write(place, "more.txt", ELSE)
     lines = said(capsys, add(place, notes, more, replace=True))
     assert lines[0].startswith(f"{identity(NEW)} notes.txt: ")
-    assert lines[1] == f"took out the older notes.txt, {identity(OLD)}"
+    assert lines[1] == f"removed the older notes.txt, {identity(OLD)}"
     assert lines[2].startswith(f"{identity(ELSE)} more.txt: ")
     assert held(place) == [("notes.txt", identity(NEW)), ("more.txt", identity(ELSE))]
     before = files_of(place / "bank")
@@ -123,7 +141,9 @@ def test_what_cannot_be_written_replaces_nothing(
     assert held(place) == [("notes.txt", identity(OLD))]
 
 
-def test_one_of_several_older_ones_is_not_guessed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_of_several_older_ones_is_not_guessed(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cli.main(add(place, write(place, "notes.txt", NEW)))
     before = files_of(place / "bank")
     documents = write(place, "first.txt", story(9, 60)), write(place, "notes.txt", ELSE)
@@ -133,11 +153,18 @@ def test_one_of_several_older_ones_is_not_guessed(place: Path, capsys: pytest.Ca
     assert files_of(place / "bank") == before, "nothing was added either"
 
 
-def test_two_new_texts_of_one_name_do_not_replace_each_other(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_new_texts_of_one_name_do_not_replace_each_other(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = files_of(place / "bank")
-    documents = [write(place, f"{folder}/notes.txt", text) for folder, text in (("a", NEW), ("b", ELSE))]
+    documents = [
+        write(place, f"{folder}/notes.txt", text) for folder, text in (("a", NEW), ("b", ELSE))
+    ]
     line = refused(capsys, add(place, *documents, replace=True))
-    assert "two texts of one name; with replace the second would take out the first: rename one" in line
+    assert (
+        "two texts of one name; with --replace the second would remove the first: rename one"
+        in line
+    )
     assert files_of(place / "bank") == before
     lines = said(capsys, add(place, *documents))
     assert f"stays in the bank, {identity(OLD)}; " in lines[1]
@@ -152,12 +179,19 @@ def test_a_text_under_a_second_name(place: Path, capsys: pytest.CaptureFixture[s
     notes = write(place, "notes.txt", NEW)
     first, second = said(capsys, add(place, notes))
     assert first == known
-    assert second.startswith(f"notes.txt: another text of this name stays in the bank, {identity(OLD)}; ")
-    assert said(capsys, add(place, notes, replace=True)) == [known, f"took out the older notes.txt, {identity(OLD)}"]
+    assert second.startswith(
+        f"notes.txt: another text of this name stays in the bank, {identity(OLD)}; "
+    )
+    assert said(capsys, add(place, notes, replace=True)) == [
+        known,
+        f"removed the older notes.txt, {identity(OLD)}",
+    ]
     assert held(place) == [("copy.txt", identity(NEW))]
 
 
-def test_killed_while_replacing_both_are_there(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_while_replacing_both_are_there(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And whole; the same command again ends it."""
     words = add(place, write(place, "notes.txt", NEW), replace=True)
     code = (
@@ -168,7 +202,7 @@ def test_killed_while_replacing_both_are_there(place: Path, capsys: pytest.Captu
     ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert held(place) == [("notes.txt", identity(OLD)), ("notes.txt", identity(NEW))]
-    assert said(capsys, words)[1:] == [f"took out the older notes.txt, {identity(OLD)}"]
+    assert said(capsys, words)[1:] == [f"removed the older notes.txt, {identity(OLD)}"]
     assert held(place) == [("notes.txt", identity(NEW))]
 
 
@@ -177,7 +211,9 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize("at", ["os.replace", "sync_folder", "shutil.rmtree"])
-def test_stopped_while_a_document_is_taken_out(at: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_while_a_document_is_taken_out(
+    at: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is there, whole, or gone; what is left of it is swept by who writes next."""
 
     def stop(*_: object) -> None:
@@ -193,7 +229,12 @@ def test_stopped_while_a_document_is_taken_out(at: str, place: Path, monkeypatch
     assert held(place) == [*left.items()]
     assert [damage for _, _, damage in bank.checked() if damage] == []
     with bank.writing():
-        assert files(place / "bank" / "documents") <= {identity(OLD), other, f".{identity(OLD)}.lock", f".{other}.lock"}
+        assert files(place / "bank" / "documents") <= {
+            identity(OLD),
+            other,
+            f".{identity(OLD)}.lock",
+            f".{other}.lock",
+        }
 
 
 @pytest.mark.parametrize("command", ["add", "list", "verify", "remove", "generate"])
@@ -209,5 +250,8 @@ def test_a_bank_of_another_format_is_to_be_made_anew(
         "generate": ["generate", "--model", str(place / "model"), "--prompt", "a", *bank],
     }
     line = refused(capsys, words.get(command, ["memory", command, *bank]))
-    assert f"of format 1; this reads {FORMAT}; make the bank anew from its documents, in another folder" in line
+    assert (
+        f"of format 1; this version reads {FORMAT}; recreate the bank from its documents, "
+        "in another folder"
+    ) in line
     assert files_of(place) == before

@@ -14,6 +14,7 @@ from mka.data.needle import Passkey, PasskeyTask
 from mka.data.recall import NOT_ASKED, recall_batch
 from mka.evaluation import recall
 from mka.models import build_model, gpt2_config
+from mka.models.loading import load
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,18 @@ def test_needle(kind: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("kind", ["mka", "mha"])
 def test_recall(kind: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "recall.jsonl"
-    command = ["eval", "recall", "--model", saved / kind, "--shapes", "64/4", "--samples", 40, "--output", output]
+    command = [
+        "eval",
+        "recall",
+        "--model",
+        saved / kind,
+        "--shapes",
+        "64/4",
+        "--samples",
+        40,
+        "--output",
+        output,
+    ]
     status, out, _ = run(capsys, *command)
     assert status == 0
     (row,) = (json.loads(line) for line in output.read_text().splitlines())
@@ -97,11 +109,13 @@ def test_answers_are_counted(wrong: int) -> None:
 @pytest.mark.parametrize("store", ["device", "host", "disk"])
 def test_a_prompt_answered_is_what_greedy_decoding_says(store: Any, saved: Path) -> None:
     """The answer that generate gives counts, and no other one."""
-    model, tokenizer = recall.load(str(saved / "mka"))
+    model, tokenizer = load(str(saved / "mka"))
     ids = torch.tensor(tokenizer(story(5)).input_ids).numpy()
     prompt = PasskeyTask(ids, lambda text: tokenizer(text).input_ids).prompt(250, 0.5, (0,)).prompt
     row = torch.from_numpy(prompt)[None]
-    said = model.generate(row, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 250:].numpy()
+    said = model.generate(row, max_new_tokens=6, do_sample=False, eos_token_id=None)[
+        0, 250:
+    ].numpy()
     where = recall.LongTermConfig(longterm_store=store)
     assert recall.answered(model, Passkey(prompt, said), where, 64)[0]
     for place in (0, 3, 5):
@@ -116,7 +130,9 @@ BAD = {
     "eval needle --model MKA --samples 0": "samples is 0; it must be at least 1",
     "eval needle --model none": "model is 'none'",
     "eval needle --model MKA --surroundings text --text_path none.txt": "none.txt' does not exist",
-    "eval needle --model MKA --text_path none.txt": "surroundings is 'filler' and text_path is 'none.txt'",
+    "eval needle --model MKA --text_path none.txt": (
+        "surroundings is 'filler' and text_path is 'none.txt'"
+    ),
     "eval needle --model MKA --surroundings text": "surroundings is 'text' and text_path is None",
     "eval needle --model MHA --longterm_store disk": "retrieves nothing",
     "eval recall --model MKA --shapes 64-4": "shapes holds '64-4'; give tokens/pairs, such as 64/4",
@@ -136,19 +152,38 @@ def test_bad_input(command: str, saved: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    "command", ["eval needle --lengths 200", "eval router --length 200 --rows 1", "memory add text.txt --bank bank"]
+    "command",
+    [
+        "eval needle --lengths 200",
+        "eval router --length 200 --rows 1",
+        "memory add text.txt --bank bank",
+    ],
 )
 def test_a_row_longer_than_learned_positions_is_one_line(
-    command: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str,
+    saved: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokenizer = load_tokenizer("bpe", [story(1)], 300)
-    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
-    config = gpt2_config(hidden_size=16, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, **sizes)
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    config = gpt2_config(
+        hidden_size=16, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, **sizes
+    )
     build_model(config, "mka", local_window=8, chunk_size=4).save_pretrained(tmp_path / "gpt2")
     tokenizer.save(tmp_path / "gpt2")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(story(5, 2000))
-    text = ["--dataset", "text", "--text_path", "text.txt", "--split", "train"] if "router" in command else []
+    text = (
+        ["--dataset", "text", "--text_path", "text.txt", "--split", "train"]
+        if "router" in command
+        else []
+    )
     status, _, err = run(capsys, *command.split(), "--model", "gpt2", *text)
     assert status == 2
     assert "this GPT-2 has 64 positions" in err

@@ -1,4 +1,5 @@
-"""What a run prints: the original's look, so that its readers feel at home, then what it lacked, then one table."""
+"""What a run prints: the original's look, so that its readers feel at home, then what it lacked,
+then one table."""
 
 import io
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mka import cli
-from mka.config import ATTENTION_TITLES
+from mka.record.mechanisms import MECHANISMS
 from tiny_runs import BENCHMARK_SCRIPT, Ended, Place, end, fingerprint
 
 LABELS = [
@@ -42,13 +43,15 @@ def part(out: str, kind: str) -> list[str]:
     return out.partition(f"🏁 Testing {kind.upper()}...\n")[2].partition("\n\n")[0].splitlines()
 
 
-@pytest.mark.parametrize("kind", ATTENTION_TITLES)
+@pytest.mark.parametrize("kind", MECHANISMS)
 def test_each_mechanism_looks_as_in_the_original(six: Ended, kind: str) -> None:
     lines = part(six.out, kind)
-    assert lines[0] == f"Using {ATTENTION_TITLES[kind]}"
+    assert lines[0] == f"Using {MECHANISMS[kind].title}"
     start = lines.index(f"📊 Results for {kind.upper()}:")
     assert all(line.startswith("  step ") for line in lines[1:start])
-    assert [line.partition(":")[0] for line in lines[start + 1 :]] == [f"  {label}" for label in LABELS]
+    assert [line.partition(":")[0] for line in lines[start + 1 :]] == [
+        f"  {label}" for label in LABELS
+    ]
 
 
 def test_the_originals_words(six: Ended) -> None:
@@ -58,7 +61,10 @@ def test_the_originals_words(six: Ended) -> None:
 
 def test_printed_numbers_are_the_rows(six: Ended, tiny_place: Place) -> None:
     for row in tiny_place.rows():
-        printed = dict(line.strip().split(": ") for line in part(six.out, row["attention_type"])[-len(LABELS) :])
+        printed = dict(
+            line.strip().split(": ")
+            for line in part(six.out, row["attention_type"])[-len(LABELS) :]
+        )
         assert printed["Train Loss"] == f"{row['train_loss']:.4f}"
         assert printed["Eval Loss"] == f"{row['eval_loss']:.4f}"
         assert printed["Perplexity"] == f"{row['perplexity']:.2f}"
@@ -70,7 +76,7 @@ def test_printed_numbers_are_the_rows(six: Ended, tiny_place: Place) -> None:
 def test_what_is_printed_first(six: Ended, tiny_place: Place) -> None:
     corpus, split, budget, machine, results, empty = six.out.splitlines()[:6]
     assert re.fullmatch(r"Corpus     text: [\d,]+ training tokens, [\d,]+ held out", corpus)
-    assert split.endswith("; 0 files that are not text or empty left out")
+    assert split.endswith("; 0 files skipped (empty or not text)")
     assert budget == "Budget     3 steps, 192 tokens for each mechanism and seed"
     assert re.fullmatch(r"Machine    .+, \d+ threads, (float32|bfloat16)", machine)
     assert results == f"Results    {tiny_place.folder}/run"
@@ -80,8 +86,12 @@ def test_what_is_printed_first(six: Ended, tiny_place: Place) -> None:
 def test_one_table_at_the_end(six: Ended, tiny_place: Place) -> None:
     end_of_runs = six.out.rindex("Cache Bytes per Token:")
     tail = six.out[end_of_runs:].splitlines()
-    rows = [line.split()[0] for line in tail if line.startswith(" ") and line.split() and line.split()[0].isupper()]
-    assert rows == [kind.upper() for kind in ATTENTION_TITLES]
+    rows = [
+        line.split()[0]
+        for line in tail
+        if line.startswith(" ") and line.split() and line.split()[0].isupper()
+    ]
+    assert rows == [kind.upper() for kind in MECHANISMS]
     assert six.out.count("Perplex-") == 1
     folder = tiny_place.folder / "run"
     assert tail[-2] == f"Results  {folder}/results.jsonl"
@@ -94,7 +104,9 @@ FIGURES = ("loss_tokens", "loss_time", "perplexity_cache")
 
 
 def test_no_line_of_the_table_is_too_long(six: Ended) -> None:
-    assert all(len(line) <= 110 for line in six.out[six.out.rindex("Cache Bytes") :].splitlines()[:-2])
+    assert all(
+        len(line) <= 110 for line in six.out[six.out.rindex("Cache Bytes") :].splitlines()[:-2]
+    )
 
 
 def test_plain_output_has_no_control_characters(six: Ended) -> None:
@@ -104,7 +116,9 @@ def test_plain_output_has_no_control_characters(six: Ended) -> None:
 # ---- mka report
 
 
-def test_report_redraws_the_same_table_and_figures(six: Ended, tiny_place: Place, tmp_path: Path) -> None:
+def test_report_redraws_the_same_table_and_figures(
+    six: Ended, tiny_place: Place, tmp_path: Path
+) -> None:
     folder = tiny_place.folder / "run"
     before = fingerprint(folder)
     for path in [folder / "table.md", *(folder / "figures").iterdir()]:
@@ -130,9 +144,12 @@ def test_report_needs_no_torch(six: Ended, tiny_place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "words"), [(cli.bench, "--help"), (cli.main, "bench --help"), (cli.main, "report --help")]
+    ("entry", "words"),
+    [(cli.bench, "--help"), (cli.main, "bench --help"), (cli.main, "report --help")],
 )
-def test_help(entry: Callable[[list[str]], int], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(
+    entry: Callable[[list[str]], int], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         entry(words.split())
     assert stop.value.code == 0
@@ -141,9 +158,9 @@ def test_help(entry: Callable[[list[str]], int], words: str, capsys: pytest.Capt
         assert "Folders of `mka bench` runs" in shown
         return
     flags = """
-        attention_type num_groups batch_size epochs gradient_accumulation_steps learning_rate fp16 preset dataset
-        text_path tokenizer sequence_length max_steps seeds output_dir local_window chunk_size top_k session_decay
-        match bf16
+        attention_type num_groups batch_size epochs gradient_accumulation_steps learning_rate fp16
+        preset dataset text_path tokenizer sequence_length max_steps seeds output_dir
+        local_window chunk_size top_k session_decay match bf16
     """
     for flag in flags.split():
         assert re.search(rf"--{flag}\b", shown), flag
@@ -154,7 +171,9 @@ def test_help(entry: Callable[[list[str]], int], words: str, capsys: pytest.Capt
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, *map(str, command)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | environment)
+    return subprocess.run(
+        words, capture_output=True, text=True, check=False, env=os.environ | environment
+    )
 
 
 def test_the_script_and_the_console_command_refuse_alike(tmp_path: Path) -> None:
@@ -173,13 +192,18 @@ def test_on_a_terminal_a_complaint_is_one_plain_line() -> None:
     try:
         command = [sys.executable, "-m", "mka", "bench", "--bach_size", "3"]
         environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "60"}
-        done = subprocess.run(command, stdout=theirs, stderr=theirs, stdin=theirs, env=environment, check=False)
+        done = subprocess.run(
+            command, stdout=theirs, stderr=theirs, stdin=theirs, env=environment, check=False
+        )
         shown = os.read(ours, 10_000).decode()
     finally:
         os.close(ours)
         os.close(theirs)
     assert done.returncode == 2
-    assert shown == "mka: Unrecognized options: --bach_size, 3; nearest: --batch_size (--help lists all options)\r\n"
+    assert shown == (
+        "mka: Unrecognized options: --bach_size, 3; nearest: --batch_size (--help lists all "
+        "options)\r\n"
+    )
 
 
 def test_a_run_on_a_terminal_has_a_bar(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""mka memory and mka generate --bank: read once, remembered by other processes, whole or not there."""
+"""mka memory and mka generate --bank: read once, remembered by other processes, whole or not
+there."""
 
 import os
 import shutil
@@ -29,7 +30,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         (place / f"book{number}.txt").write_text(story(number))
     books = [str(place / f"book{number}.txt") for number in (0, 1)]
-    assert cli.main(["memory", "add", *books, "--model", str(place / "mka"), "--bank", str(place / "bank")]) == 0
+    assert (
+        cli.main(
+            ["memory", "add", *books, "--model", str(place / "mka"), "--bank", str(place / "bank")]
+        )
+        == 0
+    )
     return place
 
 
@@ -58,21 +64,36 @@ def test_list_and_verify(bank: Path, capsys: pytest.CaptureFixture[str]) -> None
     status, out, _ = run(capsys, "memory", "list", "--bank", bank)
     documents = Bank(bank).documents()
     lines = [
-        f"{d.folder.name} {d.name}: {d.tokens:,} tokens, {d.tokens // 4:,} chunks, {d.nbytes / 2**20:.1f} MiB\n"
+        (
+            f"{d.folder.name} {d.name}: {d.tokens:,} tokens, {d.tokens // 4:,} chunks, "
+            f"{d.nbytes / 2**20:.1f} MiB\n"
+        )
         for d in documents
     ]
     chunks, size = sum(d.chunks for d in documents), sum(d.nbytes for d in documents)
-    assert (status, out) == (0, f"{''.join(lines)}2 documents, {chunks:,} chunks, {size / 2**20:.1f} MiB\n")
+    assert (status, out) == (
+        0,
+        f"{''.join(lines)}2 documents, {chunks:,} chunks, {size / 2**20:.1f} MiB\n",
+    )
     assert [d.name for d in documents] == ["book0.txt", "book1.txt"]
     status, out, _ = run(capsys, "memory", "verify", "--bank", bank)
     assert (status, out.count(": whole")) == (0, 2)
 
 
-def test_the_same_document_twice_is_noticed(saved: Path, bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_document_twice_is_noticed(
+    saved: Path, bank: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = fingerprint_of_files(bank)
     (bank.parent / "other name.txt").write_text(story(0))
     status, out, _ = run(
-        capsys, "memory", "add", bank.parent / "other name.txt", "--model", saved / "mka", "--bank", bank
+        capsys,
+        "memory",
+        "add",
+        bank.parent / "other name.txt",
+        "--model",
+        saved / "mka",
+        "--bank",
+        bank,
     )
     known = Bank(bank).documents()[0].identity
     assert (status, out) == (0, f"other name.txt: already in the bank as book0.txt, {known}\n")
@@ -86,16 +107,35 @@ def test_generate_in_another_process_sees_the_bank(saved: Path, bank: Path) -> N
     row = tokenizer("the cat", return_tensors="pt").input_ids
 
     def said(cache: object) -> str:
-        given = model.generate(row, past_key_values=cache, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        given = model.generate(
+            row, past_key_values=cache, max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
         return tokenizer.decode(given[0, row.shape[1] :])
 
     with_bank, without = said(memory_cache(model, bank=Bank(bank, fingerprint(model)))), said(None)
     assert with_bank != without
-    command = [sys.executable, "-m", "mka", "generate", "--model", saved / "mka", "--prompt", "the cat"]
-    command += ["--max_new_tokens", "12", "--show_memory", "--bank", bank, "--longterm_store", "disk"]
+    command = [
+        sys.executable,
+        "-m",
+        "mka",
+        "generate",
+        "--model",
+        saved / "mka",
+        "--prompt",
+        "the cat",
+    ]
+    command += [
+        "--max_new_tokens",
+        "12",
+        "--show_memory",
+        "--bank",
+        bank,
+        "--longterm_store",
+        "disk",
+    ]
     ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     assert ended.stdout.startswith(with_bank.split("<|")[0][:20])
-    assert "the long-term memory of it on disk; bank: " in ended.stdout
+    assert "long-term memory on disk; bank: " in ended.stdout
 
 
 @pytest.mark.parametrize("store", ["host", "disk"])
@@ -103,7 +143,15 @@ def test_generate_in_another_process_sees_the_bank(saved: Path, bank: Path) -> N
 def test_generate_says_the_same_wherever_memory_is(
     saved: Path, store: str, piece: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ["generate", "--model", saved / "mka", "--prompt", story(7, 60), "--max_new_tokens", "8"]
+    common = [
+        "generate",
+        "--model",
+        saved / "mka",
+        "--prompt",
+        story(7, 60),
+        "--max_new_tokens",
+        "8",
+    ]
     assert run(capsys, *common, *piece, "--longterm_store", store)[1] == run(capsys, *common)[1]
 
 
@@ -118,7 +166,9 @@ def test_remove(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("harm", ["flipped", "truncated", "missing", "manifest"])
-def test_a_damaged_document_is_named(harm: str, saved: Path, bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_document_is_named(
+    harm: str, saved: Path, bank: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By every command; it can be removed, and the rest is as it was."""
     folder = Bank(bank).documents()[1].folder
     file = folder / ("manifest.json" if harm == "manifest" else "001.v")
@@ -145,29 +195,45 @@ def test_a_damaged_document_is_named(harm: str, saved: Path, bank: Path, capsys:
 
 
 BAD: dict[str, str] = {
-    "memory list --bank none": "it is no bank: bank.json: No such file or directory",
-    "memory add BOOK --model MKA --bank FULL": "it is there and no bank",
-    "memory add none.txt --model MKA --bank BANK": "document 'none.txt' does not exist; give a file of UTF-8 text",
-    "memory add BOOK --model MHA --bank BANK": "MultiHeadAttention as it is here retrieves nothing",
-    "memory add BOOK --model FMKA --bank BANK": "what one has read means nothing to another",
+    "memory list --bank none": "it is not a bank: bank.json: No such file or directory",
+    "memory add BOOK --model MKA --bank FULL": "it exists but is not a bank",
+    "memory add none.txt --model MKA --bank BANK": (
+        "document 'none.txt' does not exist; give a file of UTF-8 text"
+    ),
+    "memory add BOOK --model MHA --bank BANK": "this MultiHeadAttention retrieves nothing",
+    "memory add BOOK --model FMKA --bank BANK": "not interchangeable between models",
     "memory add BOOK --model MKA --bank BANK --piece 0": "piece is 0; it must be at least 1",
     "memory add --model MKA --bank BANK": "no document is given",
     "memory lost --bank BANK": "lost",
     "memory list --bnk BANK": "--bank",
     "memory list --bank BANK --bankk 2": "nearest: --bank",
-    "generate --model FMKA --prompt a --bank BANK": "what one has read means nothing to another",
-    "generate --model MHA --prompt a --longterm_store disk": "retrieves nothing; allowed: longterm_store device",
+    "generate --model FMKA --prompt a --bank BANK": "not interchangeable between models",
+    "generate --model MHA --prompt a --longterm_store disk": (
+        "retrieves nothing; allowed: longterm_store device"
+    ),
     "generate --model MKA --prompt a --longterm_store disc": "disc",
-    "generate --model MKA --prompt a --longterm_gib 1": "longterm_gib is 1.0; it is for longterm_store host or disk",
-    "generate --model MKA --prompt a --longterm_folder x": "longterm_folder is 'x'; it is for longterm_store disk",
-    "generate --model MKA --prompt a --longterm_store host --longterm_gib 0": "longterm_gib is 0.0; it must be above 0",
-    "generate --model MKA --prompt a --longterm_store disk --longterm_folder none": "longterm_folder is 'none'",
+    "generate --model MKA --prompt a --longterm_gib 1": (
+        "longterm_gib is 1.0; it is for longterm_store host or disk"
+    ),
+    "generate --model MKA --prompt a --longterm_folder x": (
+        "longterm_folder is 'x'; it is for longterm_store disk"
+    ),
+    (
+        "generate --model MKA --prompt a --longterm_store host --longterm_gib 0"
+    ): "longterm_gib is 0.0; it must be above 0",
+    (
+        "generate --model MKA --prompt a --longterm_store disk --longterm_folder none"
+    ): "longterm_folder is 'none'",
 }
 
 
 @pytest.mark.parametrize("command", BAD)
 def test_bad_input(
-    command: str, saved: Path, bank: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    saved: Path,
+    bank: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(bank.parent)
     (bank.parent / "full").mkdir()
@@ -180,7 +246,9 @@ def test_bad_input(
     assert fingerprint_of_files(bank.parent) == before
 
 
-def test_a_full_disk_leaves_the_bank_as_it_was(saved: Path, bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_leaves_the_bank_as_it_was(
+    saved: Path, bank: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = fingerprint_of_files(bank)
     add = ["memory", "add", saved / "book2.txt", "--model", saved / "mka", "--bank", bank]
     for size in (3000, 30000):
@@ -204,23 +272,37 @@ def test_a_read_only_bank_is_read_and_not_written(
     before = fingerprint_of_files(bank)
     monkeypatch.setattr(os, "open", read_only)
     monkeypatch.setattr("tempfile._os.open", read_only)
-    line = refused(capsys, "memory", "add", saved / "book2.txt", "--model", saved / "mka", "--bank", bank)
+    line = refused(
+        capsys, "memory", "add", saved / "book2.txt", "--model", saved / "mka", "--bank", bank
+    )
     assert "Read-only file system" in line
     assert fingerprint_of_files(bank) == before
-    assert run(capsys, "generate", "--model", saved / "mka", "--prompt", "a cat", "--bank", bank)[0] == 0
+    assert (
+        run(capsys, "generate", "--model", saved / "mka", "--prompt", "a cat", "--bank", bank)[0]
+        == 0
+    )
 
 
 def test_two_writers(saved: Path, bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = fingerprint_of_files(bank)
     with locked(bank / ".lock"):
-        for command in (["add", saved / "book2.txt", "--model", saved / "mka"], ["remove", "book0.txt"]):
-            assert "another process is writing to it" in refused(capsys, "memory", *command, "--bank", bank)
+        for command in (
+            ["add", saved / "book2.txt", "--model", saved / "mka"],
+            ["remove", "book0.txt"],
+        ):
+            assert "another process is writing to it" in refused(
+                capsys, "memory", *command, "--bank", bank
+            )
     assert fingerprint_of_files(bank) == before
 
 
 @pytest.mark.parametrize(
     "stage",
-    ["mka.models.reading.read_in_pieces", "mka.memory.bank.write_store", "mka.storage.write_atomically"],
+    [
+        "mka.models.reading.read_in_pieces",
+        "mka.memory.bank.write_store",
+        "mka.storage.write_atomically",
+    ],
 )
 def test_killed_in_the_middle_of_an_add(
     saved: Path, bank: Path, stage: str, capsys: pytest.CaptureFixture[str]
@@ -229,16 +311,21 @@ def test_killed_in_the_middle_of_an_add(
     before = fingerprint_of_files(bank)
     module, name = stage.rsplit(".", 1)
     code = (
-        f"import os, sys, mka.cli, mka.remembering, mka.memory.bank, mka.storage, {module} as module\n"
+        f"import os, sys, mka.cli, mka.models.banks, mka.memory.bank, mka.storage, {module} as "
+        "module\n"
         "kill = lambda *_, **__: os.kill(os.getpid(), 9)\n"
         f"module.{name} = kill\n"
-        f"mka.remembering.{name} = kill\n"
+        f"mka.models.banks.{name} = kill\n"
         "sys.exit(mka.cli.main(sys.argv[1:]))"
     )
     add = ["memory", "add", saved / "book2.txt", "--model", saved / "mka", "--bank", bank]
-    ended = subprocess.run([sys.executable, "-c", code, *map(str, add)], capture_output=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *map(str, add)], capture_output=True, check=False
+    )
     assert ended.returncode == -signal.SIGKILL
-    whole = {name: value for name, value in fingerprint_of_files(bank).items() if ".building" not in name}
+    whole = {
+        name: value for name, value in fingerprint_of_files(bank).items() if ".building" not in name
+    }
     assert {**before, **whole} == whole
     assert all(".lock" in name for name in whole.keys() - before.keys())
     assert [document.name for document in Bank(bank).documents()] == ["book0.txt", "book1.txt"]

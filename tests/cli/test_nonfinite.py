@@ -1,4 +1,5 @@
-"""A model of finite weights that does not give numbers: every command that asks it ends with one line, not a figure."""
+"""A model of finite weights that does not give numbers: every command that asks it ends with one
+line, not a figure."""
 
 import io
 from pathlib import Path
@@ -69,10 +70,22 @@ def test_a_bank_takes_no_chunk_that_is_no_number(
         read_in_pieces(*reading)
         monkeypatch.setattr(State, "all", lambda state, name: entries(state, name) * float("nan"))
 
-    monkeypatch.setattr("mka.remembering.read_in_pieces", read_and_spoil)
-    add = ["memory", "add", str(place / "text.txt"), "--model", str(place / "good"), "--bank", str(tmp_path / "bank")]
+    monkeypatch.setattr("mka.models.banks.read_in_pieces", read_and_spoil)
+    add = [
+        "memory",
+        "add",
+        str(place / "text.txt"),
+        "--model",
+        str(place / "good"),
+        "--bank",
+        str(tmp_path / "bank"),
+    ]
     assert cli.main(add) == 2
     err = capsys.readouterr().err
     assert "would hold NaN or infinity" in err
     assert err.count("\n") == 1
-    assert not [path for path in (tmp_path / "bank" / "documents").iterdir() if not path.name.startswith(".")]
+    assert not [
+        path
+        for path in (tmp_path / "bank" / "documents").iterdir()
+        if not path.name.startswith(".")
+    ]

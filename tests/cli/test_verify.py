@@ -1,4 +1,5 @@
-"""mka verify: a line for each file of a run or of a saved model, and status 1 if one is not whole."""
+"""mka verify: a line for each file of a run or of a saved model, and status 1 if one is not
+whole."""
 
 import shutil
 from pathlib import Path
@@ -6,10 +7,16 @@ from pathlib import Path
 import pytest
 
 from mka import cli
-from mka.results import results_path
+from mka.record.results import RunFolder
 from tiny_runs import Ended, Place, end, fingerprint
 
-NOTED = ["config.json", "costs.jsonl", "curves/mka-seed0.jsonl", "environment.json", "routing/mka-seed0.json"]
+NOTED = [
+    "config.json",
+    "costs.jsonl",
+    "curves/mka-seed0.jsonl",
+    "environment.json",
+    "routing/mka-seed0.json",
+]
 MODEL = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
@@ -35,7 +42,7 @@ def verify(folder: Path) -> Ended:
 def not_whole(ended: Ended) -> list[str]:
     """The lines of what is not whole; the last one counts them."""
     *lines, last = ended.out.splitlines()
-    found = [line for line in lines if not line.endswith((": whole", "taken as it is"))]
+    found = [line for line in lines if not line.endswith((": whole", "accepted as it is"))]
     assert (ended.status, ended.err) == (int(bool(found)), "")
     assert last == f"{sum(line.endswith(': whole') for line in lines)} whole, {len(found)} not"
     return found
@@ -44,7 +51,11 @@ def not_whole(ended: Ended) -> list[str]:
 def test_everything_is_named(run: Path) -> None:
     ended = verify(run)
     assert not_whole(ended) == []
-    lines = ["results.jsonl line 1, mka-seed0", *NOTED, *(f"models/mka-seed0/{name}" for name in MODEL)]
+    lines = [
+        "results.jsonl line 1, mka-seed0",
+        *NOTED,
+        *(f"models/mka-seed0/{name}" for name in MODEL),
+    ]
     assert ended.out.splitlines() == [*(f"{line}: whole" for line in lines), "10 whole, 0 not"]
 
 
@@ -66,15 +77,24 @@ def test_a_file_that_is_altered_or_missing_is_named(run: Path, name: str) -> Non
 def test_a_manifest_that_is_altered_is_named(run: Path) -> None:
     for name in ("manifest.json", "models/mka-seed0/manifest.json"):
         (run / name).write_bytes((run / name).read_bytes()[:-9])
-    assert not_whole(verify(run)) == ["manifest.json: altered", "models/mka-seed0/manifest.json: altered"]
+    assert not_whole(verify(run)) == [
+        "manifest.json: altered",
+        "models/mka-seed0/manifest.json: altered",
+    ]
 
 
 def test_lines_that_are_altered_cut_or_gone_are_named(run: Path) -> None:
-    whole = results_path(run).read_bytes()
-    results_path(run).write_bytes(whole.replace(b'"perplexity": ', b'"perplexity": 1', 1) + b'{"attention_')
+    whole = RunFolder(run).results.read_bytes()
+    RunFolder(run).results.write_bytes(
+        whole.replace(b'"perplexity": ', b'"perplexity": 1', 1) + b'{"attention_'
+    )
     lost = "results.jsonl, mka-seed0: missing"
-    assert not_whole(verify(run)) == ["results.jsonl line 1: altered", "results.jsonl line 2: cut", lost]
-    results_path(run).unlink()
+    assert not_whole(verify(run)) == [
+        "results.jsonl line 1: altered",
+        "results.jsonl line 2: cut",
+        lost,
+    ]
+    RunFolder(run).results.unlink()
     assert not_whole(verify(run)) == [lost]
 
 
@@ -97,23 +117,24 @@ def test_an_old_folder_is_taken_as_it_is(run: Path) -> None:
     assert not_whole(ended) == []
     assert ended.out.splitlines() == [
         "results.jsonl line 1, mka-seed0: whole",
-        ".: has no manifest.json, taken as it is",
-        "models/mka-seed0: has no manifest.json, taken as it is",
+        ".: has no manifest.json, accepted as it is",
+        "models/mka-seed0: has no manifest.json, accepted as it is",
         "1 whole, 0 not",
     ]
 
 
 def test_results_of_an_older_schema_have_no_checksum(tmp_path: Path) -> None:
     study = Path(__file__).parent.parent.parent / "docs" / "study" / "window64.jsonl"
-    shutil.copy(study, results_path(tmp_path))
+    shutil.copy(study, RunFolder(tmp_path).results)
     ended = verify(tmp_path)
     assert not_whole(ended) == []
-    assert ended.out.count(": has no checksum, taken as it is\n") == 4
+    assert ended.out.count(": has no checksum, accepted as it is\n") == 4
 
 
 def test_a_folder_with_nothing_to_verify_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         assert end(cli.main, "verify", folder).complaint == (
-            f"mka: {folder} holds neither results.jsonl nor manifest.json; give the folder of a `mka bench` run or of "
+            f"mka: {folder} holds neither results.jsonl nor manifest.json; give the folder of "
+            "a `mka bench` run or of "
             "a saved model"
         )

@@ -12,7 +12,8 @@ from mka.attention import CausalAttention
 
 every_case = pytest.mark.parametrize(("kind", "variant"), checks.CASES)
 TOKENS = 23
-# Blocks of the windowed attention are at least 64 tokens: these lengths and windows cross several of them.
+# Blocks of the windowed attention are at least 64 tokens: these lengths and windows cross several
+# of them.
 LONG = [(150, 5), (129, 64), (163, 70), (64, 63)]
 
 
@@ -29,8 +30,11 @@ def test_huge_values_in_the_future_change_nothing(kind: str, variant: str, huge:
 
 @every_case
 @pytest.mark.parametrize("huge", [1e19, 1e30])
-def test_huge_values_in_the_future_change_nothing_in_float32(kind: str, variant: str, huge: float) -> None:
-    # Products of such values overflow to infinity, and infinity times zero must not reach the past as NaN.
+def test_huge_values_in_the_future_change_nothing_in_float32(
+    kind: str, variant: str, huge: float
+) -> None:
+    # Products of such values overflow to infinity, and infinity times zero must not reach the past
+    # as NaN.
     checks.assert_future_values_ignored(
         checks.make(kind, variant, torch.float32), checks.rows(2, TOKENS, torch.float32), huge
     )
@@ -38,8 +42,12 @@ def test_huge_values_in_the_future_change_nothing_in_float32(kind: str, variant:
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_largest_values_in_the_future_change_nothing(kind: str, variant: str, dtype: torch.dtype) -> None:
-    checks.assert_largest_values_ignored(checks.make(kind, variant, dtype), checks.rows(2, TOKENS, dtype))
+def test_the_largest_values_in_the_future_change_nothing(
+    kind: str, variant: str, dtype: torch.dtype
+) -> None:
+    checks.assert_largest_values_ignored(
+        checks.make(kind, variant, dtype), checks.rows(2, TOKENS, dtype)
+    )
 
 
 @every_case
@@ -47,12 +55,18 @@ def test_the_largest_values_in_the_future_change_nothing(kind: str, variant: str
 def test_padding_changes_nothing(kind: str, variant: str, side: str) -> None:
     t = torch.arange(TOKENS)
     lengths = torch.tensor([TOKENS, 17, 1])[:, None]
-    masks = {"left": t >= TOKENS - lengths, "right": t < lengths, "interior": (t * 7) % TOKENS < lengths}
+    masks = {
+        "left": t >= TOKENS - lengths,
+        "right": t < lengths,
+        "interior": (t * 7) % TOKENS < lengths,
+    }
     checks.assert_padding_ignored(checks.make(kind, variant), checks.rows(3, TOKENS), masks[side])
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(st.lists(st.booleans(), min_size=2 * TOKENS, max_size=2 * TOKENS), st.sampled_from(checks.CASES))
+@given(
+    st.lists(st.booleans(), min_size=2 * TOKENS, max_size=2 * TOKENS), st.sampled_from(checks.CASES)
+)
 def test_any_padding_changes_nothing(bits: list[bool], case: tuple[str, str]) -> None:
     valid = torch.tensor(bits).view(2, TOKENS)
     checks.assert_padding_ignored(checks.make(*case), checks.rows(2, TOKENS), valid)
@@ -78,7 +92,9 @@ def test_equals_the_naive_twin_with_padding(kind: str, variant: str) -> None:
 @pytest.mark.parametrize("kind", sorted({kind for kind, _ in checks.CASES}))
 @pytest.mark.parametrize(("tokens", "window"), LONG)
 def test_equals_the_naive_twin_over_several_blocks(kind: str, tokens: int, window: int) -> None:
-    checks.assert_equals_naive(checks.make(kind, local_window=window, chunk_size=7), checks.rows(1, tokens))
+    checks.assert_equals_naive(
+        checks.make(kind, local_window=window, chunk_size=7), checks.rows(1, tokens)
+    )
 
 
 @every_case
@@ -119,7 +135,8 @@ def test_every_parameter_gets_a_gradient(kind: str, variant: str) -> None:
     attn = checks.make(kind, variant)
     attn(checks.rows(2, TOKENS))[0].square().sum().backward()
     without = [name for name, p in attn.named_parameters() if p.grad is None or not p.grad.any()]
-    # A constant added to every key moves all scores of a query alike: softmax has no gradient for it.
+    # A constant added to every key moves all scores of a query alike: softmax has no gradient for
+    # it.
     shift_free = {"k_proj.bias", "k_up_proj.bias", "k_rope_proj.bias"}
     assert not [name for name in without if name not in shift_free]
 

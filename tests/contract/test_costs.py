@@ -31,7 +31,8 @@ def test_flops_add_up_to_those_of_the_naive_twin(kind: str, variant: str) -> Non
 
 
 def absorbed_minus_expanded(attn: Any) -> int:
-    """The twin of mla scores and reads latents: per key 4 H R (+ 2 H D_rope) where the expanded form takes 4 H D."""
+    """The twin of mla scores and reads latents: per key 4 H R (+ 2 H D_rope) where the expanded
+    form takes 4 H D."""
     heads, rank = attn.num_heads, attn.kv_lora_rank
     keys = sum(attn.keys_attended(t) for t in range(1, TOKENS + 1))
     # Without a rotary part the twin multiplies empty vectors, which counts as nothing.
@@ -51,8 +52,8 @@ def test_state_is_what_the_naive_twin_holds(kind: str, variant: str, tokens: int
 
 
 def held_numbers(kind: str, attn: Any, held: dict) -> tuple[int, int, int]:
-    """Numbers in the twin's lists that a later token can still read; those apart that stay in float32, and those that
-    are whole numbers."""
+    """Numbers in the twin's lists that a later token can still read; those apart that stay in
+    float32, and those that are whole numbers."""
 
     def latest(name: str) -> int:
         kept = len(held[name]) if attn.window is None else attn.window.reach + attn.sink_tokens
@@ -61,8 +62,8 @@ def held_numbers(kind: str, attn: Any, held: dict) -> tuple[int, int, int]:
     def everything(name: str) -> int:
         return sum(x.numel() for x in held[name])
 
-    if kind in ("mha", "mqa", "gqa"):
-        return latest("keys") + latest("values"), 0, 0
+    if kind not in ("mla", "mka", "fmka"):  # a twin keeps what a cache would in these lists
+        return sum(latest(name) for name in ("keys", "values") if name in held), 0, 0
     if kind == "mla":
         return latest("latents") + (latest("rope_keys") if attn.qk_rope_head_dim else 0), 0, 0
     average = 0 if attn.session is None else held["session"].m.numel()
@@ -75,7 +76,9 @@ def held_numbers(kind: str, attn: Any, held: dict) -> tuple[int, int, int]:
         return narrow, average, 0
     chunks = len(held["raw"]) // attn.chunk_size
     stand_apart = attn.rotary is not None and attn.longterm_positions == "true"
-    narrow += everything("raw") + everything("values") + chunks * attn.kv_size * (2 if stand_apart else 1)
+    narrow += (
+        everything("raw") + everything("values") + chunks * attn.kv_size * (2 if stand_apart else 1)
+    )
     return narrow, average + attn.kv_size, chunks if stand_apart else 0
 
 

@@ -1,4 +1,5 @@
-"""The contract at lengths that people use, with the options and sizes as they are: nothing is patched."""
+"""The contract at lengths that people use, with the options and sizes as they are: nothing is
+patched."""
 
 from typing import Any
 
@@ -23,7 +24,9 @@ def make(kind: str) -> Any:
     if kind == "gqa":
         shared["num_kv_heads"] = 1
     rotary = RotaryEmbedding(8)
-    attn = build_attention(kind, **shared, rotary=rotary, **({"qk_rope_head_dim": 8} if kind == "mla" else {})).double()
+    attn = build_attention(
+        kind, **shared, rotary=rotary, **({"qk_rope_head_dim": 8} if kind == "mla" else {})
+    ).double()
     torch.manual_seed(1)
     for parameter in attn.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -43,7 +46,8 @@ def test_any_calls_equal_one(kind: str, tokens: int) -> None:
 @every_kind
 @torch.no_grad()
 def test_rows_beside_longer_ones(kind: str) -> None:
-    """In one call, in pieces with a state, and the next token after them: what each row gives alone."""
+    """In one call, in pieces with a state, and the next token after them: what each row gives
+    alone."""
     attn, longest, t = make(kind), max(MATES), torch.arange(max(MATES) + 1)
     x = checks.rows(3, longest + 1)
     alone = [attn(x[row : row + 1, : length + 1])[0][0] for row, length in enumerate(MATES)]

@@ -1,4 +1,5 @@
-"""Documents packed in one row are kept apart by every mechanism, at every level: they equal rows of their own."""
+"""Documents packed in one row are kept apart by every mechanism, at every level: they equal rows of
+their own."""
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import Tensor
 
 import checks
 from mka.attention import CausalAttention
-from mka.limits import InputError
+from mka.errors import InputError
 from mka.ops.packing import documents_of, pieces
 
 every_case = pytest.mark.parametrize(("kind", "variant"), checks.CASES)
@@ -20,7 +21,9 @@ every_row = pytest.mark.parametrize("lengths", ROWS, ids=str)
 
 def documents(lengths: list[list[int]]) -> Tensor:
     """(B, T): the number of each token's document."""
-    return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    return torch.stack(
+        [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
+    )
 
 
 def places(lengths: list[list[int]]) -> Tensor:
@@ -48,7 +51,8 @@ def test_equal_rows_of_their_own(kind: str, variant: str, lengths: list[list[int
     direction = checks.rows(len(lengths), numbers.shape[1], seed=5)
     wanted = [x, *attn.parameters()]
     grads = [
-        torch.autograd.grad(y, wanted, direction, allow_unused=True, materialize_grads=True) for y in (together, apart)
+        torch.autograd.grad(y, wanted, direction, allow_unused=True, materialize_grads=True)
+        for y in (together, apart)
     ]
     for a, b in zip(*grads, strict=True):
         checks.close(a, b)
@@ -73,7 +77,7 @@ def test_padding_among_documents(kind: str, side: str) -> None:
 
 def test_a_state_goes_on_with_one_document() -> None:
     attn, x = checks.make("mka"), checks.rows(1, 4)
-    with pytest.raises(InputError, match="a state goes on with one document"):
+    with pytest.raises(InputError, match="a state continues one document"):
         attn(x, state=attn.initial_state(1), documents=torch.tensor([[0, 0, 1, 1]]))
 
 
@@ -93,7 +97,9 @@ def test_a_state_goes_on_with_one_document() -> None:
 def test_documents_by_their_positions(
     positions: list[list[int]], valid: list[list[int]] | None, found: list[list[int]] | None
 ) -> None:
-    numbers = documents_of(torch.tensor(positions), None if valid is None else torch.tensor(valid).bool())
+    numbers = documents_of(
+        torch.tensor(positions), None if valid is None else torch.tensor(valid).bool()
+    )
     assert (None if numbers is None else numbers.tolist()) == found
 
 

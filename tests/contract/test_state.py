@@ -22,12 +22,16 @@ from checks_state import (
 
 every_case = pytest.mark.parametrize(("kind", "variant"), checks.CASES)
 every_padding = pytest.mark.parametrize("side", SIDES)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32], ids=["float64", "float32"]
+)
 
 
 def make(kind: str, variant: str, dtype: torch.dtype = torch.float64) -> Any:
     """In float32 every candidate is retrieved, so that rounding cannot choose another chunk."""
-    changes: dict[str, Any] = {"top_k": 100} if dtype != torch.float64 and variant != "literal" else {}
+    changes: dict[str, Any] = (
+        {"top_k": 100} if dtype != torch.float64 and variant != "literal" else {}
+    )
     return checks.make(kind, variant, dtype, **changes)
 
 
@@ -53,7 +57,8 @@ def test_fifty_splits_into_many(kind: str, variant: str, side: str, dtype: torch
 @pytest.mark.parametrize("columns", [2, 4, 9])
 @torch.no_grad()
 def test_one_token_among_padding(kind: str, variant: str, columns: int) -> None:
-    """A call of several columns that brings every row a single token reads no further than its window."""
+    """A call of several columns that brings every row a single token reads no further than its
+    window."""
     attn, x = make(kind, variant), checks.rows(2, TOKENS)
     y, state = attn(x)[0], attn.initial_state(2)
     _, state = in_calls(attn, x[:, :20], (), state=state)
@@ -82,14 +87,18 @@ def test_a_state_whose_call_ended_in_an_error_is_refused(kind: str, variant: str
         with pytest.raises(KeyboardInterrupt):
             attn(x[:, seen:20], state=state)
         hook.remove()
-        with pytest.raises(ValueError, match=r"the state of \w+ is torn: a call on it ended in an error"):
+        with pytest.raises(
+            ValueError, match=r"the state of \w+ is torn: a call on it ended in an error"
+        ):
             attn(x[:, seen:20], state=state)
 
 
 @every_case
 @pytest.mark.parametrize("reversible", [0, 3])
 def test_token_by_token(kind: str, variant: str, reversible: int) -> None:
-    assert_split_changes_nothing(make(kind, variant), checks.rows(2, TOKENS), range(1, TOKENS), reversible=reversible)
+    assert_split_changes_nothing(
+        make(kind, variant), checks.rows(2, TOKENS), range(1, TOKENS), reversible=reversible
+    )
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -98,8 +107,12 @@ def test_token_by_token(kind: str, variant: str, reversible: int) -> None:
     st.lists(st.integers(0, TOKENS), max_size=8).map(sorted),
     st.sampled_from(checks.CASES),
 )
-def test_any_padding_and_any_split(bits: list[bool], cuts: list[int], case: tuple[str, str]) -> None:
-    assert_split_changes_nothing(make(*case), checks.rows(2, TOKENS), cuts, torch.tensor(bits).view(2, TOKENS))
+def test_any_padding_and_any_split(
+    bits: list[bool], cuts: list[int], case: tuple[str, str]
+) -> None:
+    assert_split_changes_nothing(
+        make(*case), checks.rows(2, TOKENS), cuts, torch.tensor(bits).view(2, TOKENS)
+    )
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, _ in checks.CASES}))
@@ -131,7 +144,9 @@ def test_gradients_flow_through_the_state(kind: str, variant: str) -> None:
         x = checks.rows(2, TOKENS).requires_grad_()
         y = in_calls(attn, x, cuts)[0] if cuts else attn(x)[0]
         wanted = [x, *attn.parameters()]
-        grads.append(torch.autograd.grad(y, wanted, direction, allow_unused=True, materialize_grads=True))
+        grads.append(
+            torch.autograd.grad(y, wanted, direction, allow_unused=True, materialize_grads=True)
+        )
     for whole, split in zip(*grads, strict=True):
         checks.close(split, whole)
 
@@ -159,11 +174,16 @@ def test_crop_further_back_names_the_limit(kind: str, variant: str) -> None:
     attn = make(kind, variant)
     _, state = in_calls(attn, checks.rows(2, TOKENS), (), reversible=4)
     if all(entry.latest is None for entry in state.entries.values()):
-        assert state.crop(0).num_tokens.tolist() == [0, 0]  # mha, mqa, gqa and mla without a window: any length
+        assert state.crop(0).num_tokens.tolist() == [
+            0,
+            0,
+        ]  # mha, mqa, gqa and mla without a window: any length
         return
     state = state.crop(TOKENS - 3)
     for num_tokens in (TOKENS - 5, 0):
-        with pytest.raises(ValueError, match=rf"num_tokens is {num_tokens}; .* to {TOKENS - 4} tokens or more"):
+        with pytest.raises(
+            ValueError, match=rf"num_tokens is {num_tokens}; .* to {TOKENS - 4} tokens or more"
+        ):
             state.crop(num_tokens)
     assert state.crop(TOKENS - 4).num_tokens.tolist() == [TOKENS - 4] * 2
 
@@ -223,7 +243,9 @@ def test_a_state_in_another_dtype(kind: str, variant: str) -> None:
     y, state = in_calls(attn, x, (9, 10, 30), state=state)
     exact = attn(x)[0]
     assert y.dtype == torch.float64
-    assert (y - exact).square().mean().sqrt() <= checks.RELATIVE_RMS[torch.bfloat16] * exact.square().mean().sqrt()
+    assert (y - exact).square().mean().sqrt() <= checks.RELATIVE_RMS[
+        torch.bfloat16
+    ] * exact.square().mean().sqrt()
     assert state.nbytes == attn.state_nbytes(2, TOKENS, torch.bfloat16)
 
 
@@ -242,7 +264,10 @@ def test_a_token_copies_nothing_that_is_held(kind: str, variant: str) -> None:
 def test_a_foreign_state_is_refused() -> None:
     x = checks.rows(2, 3)
     state = checks.make("gqa").initial_state(2)
-    with pytest.raises(ValueError, match=r"state is one of GroupedQueryAttention; allowed: .*FastMemoryKeyedAttention"):
+    with pytest.raises(
+        ValueError,
+        match=r"state belongs to GroupedQueryAttention; pass one .*FastMemoryKeyedAttention",
+    ):
         checks.make("fmka")(x, state=state)
     with pytest.raises(ValueError, match="holds 2 rows; x has 3"):
         checks.make("gqa")(checks.rows(3, 3), state=state)

@@ -1,6 +1,8 @@
-"""The contract on both sides of every switch: a length, a tile or a store at which the code takes another path.
+"""The contract on both sides of every switch: a length, a tile or a store at which the code takes
+another path.
 
-The sizes are patched small, so that short rows cross them many times; the slow twin knows none of them.
+The sizes are patched small, so that short rows cross them many times; the slow twin knows none of
+them.
 """
 
 from functools import cache
@@ -20,7 +22,12 @@ TOKENS = 61
 LENGTHS = (61, 20, 7)
 SEARCHED = ("mka", "fmka")
 """Mechanisms with memories: they meet every switch."""
-PLAIN = ("windowed blocks of two", "a mask for three queries", "a mask of few elements", "stores that grow by one")
+PLAIN = (
+    "windowed blocks of two",
+    "a mask for three queries",
+    "a mask of few elements",
+    "stores that grow by one",
+)
 """Switches that the others meet too."""
 CASES = [
     (kind, name)
@@ -55,14 +62,18 @@ def outputs_and_gradients(attn: Any, compute: Any) -> tuple[Tensor, tuple[Tensor
     y = compute(attn, x, valid=valid)
     direction = checks.rows(3, TOKENS, seed=5)
     wanted = [x, *attn.parameters()]
-    return y.detach(), torch.autograd.grad(y, wanted, direction, allow_unused=True, materialize_grads=True)
+    return y.detach(), torch.autograd.grad(
+        y, wanted, direction, allow_unused=True, materialize_grads=True
+    )
 
 
 @every_switch
 def test_equals_the_naive_twin(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     y, gradients = by_hand(kind)
     switches.switch(monkeypatch, switches.SWITCHES[name])
-    fast, fast_gradients = outputs_and_gradients(make(kind), lambda attn, x, valid: attn(x, valid=valid)[0])
+    fast, fast_gradients = outputs_and_gradients(
+        make(kind), lambda attn, x, valid: attn(x, valid=valid)[0]
+    )
     checks.close(fast, y)
     for ours, wanted in zip(fast_gradients, gradients, strict=True):
         checks.close(ours, wanted)
@@ -70,7 +81,9 @@ def test_equals_the_naive_twin(kind: str, name: str, monkeypatch: pytest.MonkeyP
 
 @every_switch
 @torch.no_grad()
-def test_calls_with_a_state_equal_the_naive_twin(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_with_a_state_equal_the_naive_twin(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     y, _ = by_hand(kind)
     switches.switch(monkeypatch, switches.SWITCHES[name])
     attn, (x, valid) = make(kind), padded()
@@ -93,7 +106,9 @@ def test_the_future_changes_nothing(kind: str, name: str, monkeypatch: pytest.Mo
 
 @every_switch
 @torch.no_grad()
-def test_tokens_taken_back_and_rows_chosen(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_taken_back_and_rows_chosen(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     switches.switch(monkeypatch, switches.SWITCHES[name])
     attn, (x, valid) = make(kind), padded()
     checks_state.assert_crop_forgets(attn, x, 47, reversible=9)
@@ -118,6 +133,7 @@ def test_every_store(kind: str, name: str, store: str, monkeypatch: pytest.Monke
 
 
 def test_every_number_in_the_code_is_a_switch_or_is_none() -> None:
-    """A constant that is added is a size at which paths part, until somebody says that it is not."""
+    """A constant that is added is a size at which paths part, until somebody says that it is
+    not."""
     found = set(switches.numbers_in_the_code())
     assert found == switches.patched_names() | switches.NO_SWITCHES

@@ -1,4 +1,5 @@
-"""Every kind of file that is written and read back, what reads it, and what flips and cuts do to it.
+"""Every kind of file that is written and read back, what reads it, and what flips and cuts do to
+it.
 
 A trial damages one file of a copy and reads as the commands do. It ends in one of five ways:
 
@@ -21,14 +22,14 @@ from typing import Any, Literal
 
 import torch
 
-from mka.config import LongTermConfig
 from mka.data import load_corpus, prepare_tokens
+from mka.errors import InputError
 from mka.experiments.folder import agree_with_folder, read_description
-from mka.limits import InputError
-from mka.loading import load
 from mka.memory.bank import Bank
+from mka.memory.options import LongTermConfig
 from mka.memory.places import LongTerm
 from mka.models import fingerprint, mechanisms
+from mka.models.loading import load
 from mka.report import read_runs
 from mka.training import Checkpoints
 
@@ -66,8 +67,17 @@ def read_run(whole: Whole) -> Reading:
     held = read_description(whole.run)
     assert held is not None
     agreed = agree_with_folder(whole.run, held)
-    environment = (whole.run / "environment.json").read_bytes()  # a person reads it, no command does
-    values = (repr(run.rows), repr(run.curves), repr(run.costs), repr(run.routings), agreed, environment)
+    environment = (
+        whole.run / "environment.json"
+    ).read_bytes()  # a person reads it, no command does
+    values = (
+        repr(run.rows),
+        repr(run.curves),
+        repr(run.costs),
+        repr(run.routings),
+        agreed,
+        environment,
+    )
     return Reading(values, run.remarks)
 
 
@@ -75,7 +85,15 @@ def read_model(whole: Whole) -> Reading:
     """As generate, chat, eval and memory add do."""
     model, tokenizer = load(str(whole.run / "models" / "mka-seed0"))
     weights = {name: values.numpy().tobytes() for name, values in model.state_dict().items()}
-    return Reading((weights, model.config.to_dict(), str(tokenizer), tokenizer.get_vocab(), tokenizer(TEXT).input_ids))
+    return Reading(
+        (
+            weights,
+            model.config.to_dict(),
+            str(tokenizer),
+            tokenizer.get_vocab(),
+            tokenizer(TEXT).input_ids,
+        )
+    )
 
 
 def read_checkpoint(whole: Whole) -> Reading:
@@ -85,7 +103,9 @@ def read_checkpoint(whole: Whole) -> Reading:
     if found is None:
         return Reading(None, words)
     tensors = {
-        name: values.numpy().tobytes() for group in (found.weights, found.optimizer) for name, values in group.items()
+        name: values.numpy().tobytes()
+        for group in (found.weights, found.optimizer)
+        for name, values in group.items()
     }
     return Reading((found.step, tensors, found.progress), words)
 
@@ -98,19 +118,29 @@ def read_tokens(whole: Whole) -> Reading:
     """As `mka bench` and `mka eval perplexity` do."""
     said = StringIO()
     with redirect_stderr(said):
-        found = prepare_tokens(load_corpus("text", (str(whole.corpus),)), "bpe", 300, whole.home / "cache")
+        found = prepare_tokens(
+            load_corpus("text", (str(whole.corpus),)), "bpe", 300, whole.home / "cache"
+        )
     splits = {
-        name: (split.ids.tobytes(), None if split.token_bytes is None else split.token_bytes.tobytes())
+        name: (
+            split.ids.tobytes(),
+            None if split.token_bytes is None else split.token_bytes.tobytes(),
+        )
         for name, split in found.splits.items()
     }
-    return Reading((splits, found.summary, found.tokenizer.backend.to_str()), said.getvalue().splitlines())
+    return Reading(
+        (splits, found.summary, found.tokenizer.backend.to_str()), said.getvalue().splitlines()
+    )
 
 
 def reader_of_banks(model: Any) -> Callable[[Whole], Reading]:
     """As generate, chat and `mka memory list` do, with the model that the bank is of."""
     whose = fingerprint(model)
 
-    empty = [mechanism.initial_state(1, longterm=LongTerm.of(LongTermConfig())) for mechanism in mechanisms(model)]
+    empty = [
+        mechanism.initial_state(1, longterm=LongTerm.of(LongTermConfig()))
+        for mechanism in mechanisms(model)
+    ]
 
     def read_bank(whole: Whole) -> Reading:
         bank = Bank(whole.home / "bank", whose)
@@ -130,7 +160,10 @@ def reader_of_banks(model: Any) -> Callable[[Whole], Reading]:
 
 def read_all(records: Any, chunks: int) -> bytes:
     groups = records.form.groups
-    chunk, group = torch.arange(chunks).repeat_interleave(groups), torch.arange(groups).repeat(chunks)
+    chunk, group = (
+        torch.arange(chunks).repeat_interleave(groups),
+        torch.arange(groups).repeat(chunks),
+    )
     return records.read(torch.zeros_like(chunk), chunk, group).numpy().tobytes()
 
 
@@ -155,15 +188,31 @@ def kinds(model: Any) -> list[Kind]:
         "routing": "routing/*.json",
         "manifest": "manifest.json",
     }
-    saved = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "manifest.json")
+    saved = (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "manifest.json",
+    )
     steps = ("model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json")
-    cached = ("train.ids", "validation.ids", "validation.bytes", "test.ids", "test.bytes", "tokenizer.json")
+    cached = (
+        "train.ids",
+        "validation.ids",
+        "validation.bytes",
+        "test.ids",
+        "test.bytes",
+        "tokenizer.json",
+    )
     banked = {"records": "*.[kv]", "summaries": "*.chunk_mean", "manifest": "manifest.json"}
     return [
         *(Kind(f"run: {name}", f"run/{path}", read_run) for name, path in run.items()),
         *(Kind(f"model: {name}", f"run/models/mka-seed0/{name}", read_model) for name in saved),
         *(Kind(f"checkpoint: {name}", f"{step}/{name}", read_checkpoint) for name in steps),
-        *(Kind(f"tokens: {name}", f"cache/*/{name}", read_tokens, True) for name in (*cached, "manifest.json")),
+        *(
+            Kind(f"tokens: {name}", f"cache/*/{name}", read_tokens, True)
+            for name in (*cached, "manifest.json")
+        ),
         Kind("bank: bank.json", "bank/bank.json", bank),
         *(Kind(f"bank: {name}", f"bank/documents/*/{path}", bank) for name, path in banked.items()),
     ]
@@ -178,11 +227,17 @@ def damage(path: Path, how: Damage, draw: random.Random) -> str:
         return f"{path.name} cut to {place} of {len(raw)} bytes"
     raw[place] ^= 1 << bit
     path.write_bytes(raw)
-    return f"bit {bit} of byte {place} of {path.name}, now {bytes(raw[max(0, place - 12) : place + 12])!r}"
+    return (
+        f"bit {bit} of byte {place} of {path.name}, now "
+        f"{bytes(raw[max(0, place - 12) : place + 12])!r}"
+    )
 
 
-def trial(kind: Kind, whole: Whole, how: Damage, draw: random.Random, before: Reading) -> tuple[Ending, str]:
-    """Damage a file of this kind, read, and put everything back. How it ended, and what was damaged."""
+def trial(
+    kind: Kind, whole: Whole, how: Damage, draw: random.Random, before: Reading
+) -> tuple[Ending, str]:
+    """Damage a file of this kind, read, and put everything back. How it ended, and what was
+    damaged."""
     path = draw.choice(sorted(whole.home.glob(kind.path)))
     raw, names = path.read_bytes(), {p.name for p in path.parent.iterdir()}
     where = damage(path, how, draw)
@@ -198,7 +253,13 @@ def trial(kind: Kind, whole: Whole, how: Damage, draw: random.Random, before: Re
 
 def ending(kind: Kind, before: Reading, found: Reading) -> Ending:
     if found.words != before.words:
-        return "rebuilt" if kind.rebuilds and found.values == before.values else "silent" if kind.rebuilds else "said"
+        return (
+            "rebuilt"
+            if kind.rebuilds and found.values == before.values
+            else "silent"
+            if kind.rebuilds
+            else "said"
+        )
     return "same" if found.values == before.values else "silent"
 
 
@@ -209,4 +270,6 @@ def table(counts: dict[str, Counter[str]]) -> str:
     total: Counter[str] = sum(counts.values(), Counter())
     for name, found in [*counts.items(), ("all", total)]:
         rows.append((name, *(str(found[column]) for column in ("flipped", "cut", *endings))))
-    return "\n".join(f"{name:<34}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in rows)
+    return "\n".join(
+        f"{name:<34}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in rows
+    )

@@ -10,9 +10,10 @@ import pytest
 
 from checks_training import some_checkpoint
 from damage.kinds import Kind, Reading, Whole, checkpoints_of, kinds, read_tokens, table, trial
-from mka import cli, folders, results, storage
-from mka.loading import load_model
+from mka import cli, storage
 from mka.memory import bank
+from mka.models.loading import load_model
+from mka.record import folders, results
 from tiny_runs import Place, end
 
 MANY = 27
@@ -21,9 +22,20 @@ MANY = 27
 
 @pytest.fixture(scope="module")
 def home(tiny_place: Place) -> Path:
-    """A run of two mechanisms, a bank of one of its models, checkpoints and a token cache. Not to be changed."""
+    """A run of two mechanisms, a bank of one of its models, checkpoints and a token cache. Not to
+    be changed."""
     home = tiny_place.folder / "home"
-    run = ("--attention_type", "mha", "mka", "--local_window", 8, "--chunk_size", 4, "--output_dir", home / "run")
+    run = (
+        "--attention_type",
+        "mha",
+        "mka",
+        "--local_window",
+        8,
+        "--chunk_size",
+        4,
+        "--output_dir",
+        home / "run",
+    )
     assert end(cli.bench, *tiny_place.options, *run).status == 0
     (tiny_place.folder / "note.txt").write_text("def f(x): return x\n")
     add = ("memory", "add", tiny_place.folder / "note.txt", "--bank", home / "bank")
@@ -46,7 +58,9 @@ def whole(home: Path, tiny_place: Place, tmp_path: Path) -> Whole:
     return Whole(home, tiny_place.corpus).at(tmp_path / "home")
 
 
-def attack(kind: Kind, whole: Whole, flips: int, cuts: int, seed: int) -> tuple[Counter[str], list[str]]:
+def attack(
+    kind: Kind, whole: Whole, flips: int, cuts: int, seed: int
+) -> tuple[Counter[str], list[str]]:
     """How many trials ended how, and what was damaged in silence. Before and after, all is well."""
     draw, counts, silent = random.Random(f"{kind.name} {seed}"), Counter[str](), []
     before = kind.read(whole)
@@ -59,7 +73,9 @@ def attack(kind: Kind, whole: Whole, flips: int, cuts: int, seed: int) -> tuple[
     return counts, silent
 
 
-def check_nothing_is_silent(all_kinds: list[Kind], whole: Whole, flips: int, cuts: int) -> Counter[str]:
+def check_nothing_is_silent(
+    all_kinds: list[Kind], whole: Whole, flips: int, cuts: int
+) -> Counter[str]:
     found = {kind.name: attack(kind, whole, flips, cuts, seed=0) for kind in all_kinds}
     counts = {name: counts for name, (counts, _) in found.items()}
     print(table(counts))
@@ -83,7 +99,9 @@ def test_every_file_is_of_a_kind(all_kinds: list[Kind], home: Path) -> None:
     """But for locks and what a report draws; a new file needs a checksum, and a line in `kinds`."""
     known = {path for kind in all_kinds for path in home.glob(kind.path)}
     known |= set((home / "checkpoints" / "mka-seed0" / "step-00000003").iterdir())
-    known |= {path.parent.parent / path.parent.name.replace("mka", "mha") / path.name for path in known}
+    known |= {
+        path.parent.parent / path.parent.name.replace("mka", "mha") / path.name for path in known
+    }
     drawn = {home / "run" / "table.md", *(home / "run" / "figures").iterdir()}
     files = {path for path in home.rglob("*") if path.is_file() and not path.name.endswith(".lock")}
     assert files - known - drawn == set()
@@ -133,7 +151,8 @@ WITHOUT: dict[str, tuple[tuple[Any, str, Any], ...]] = {
 NO_VALUES = ("run: manifest", "model: manifest.json", "checkpoint: manifest.json")
 """Nothing that is read comes from these: altered unseen, they make whole files look altered."""
 HARD_TO_HIT = ("bank: bank.json", "bank: manifest")
-"""Nearly whatever is altered in them, another comparison refuses: of the format, the fingerprint or the identity."""
+"""Nearly whatever is altered in them, another comparison refuses: of the format, the fingerprint or
+the identity."""
 
 
 def test_without_its_check_every_kind_turns_red(
@@ -155,7 +174,8 @@ def test_without_its_check_every_kind_turns_red(
 
 
 def is_silent(kind: Kind, whole: Whole, draw: random.Random, before: Reading) -> bool:
-    """Whether a flipped bit is read as if nothing had been; without the check the libraries see some of them."""
+    """Whether a flipped bit is read as if nothing had been; without the check the libraries see
+    some of them."""
     try:
         return trial(kind, whole, "flipped", draw, before)[0] == "silent"
     except Exception:

@@ -62,7 +62,7 @@ def small_corpus() -> Corpus:
 @pytest.fixture
 def refused() -> Callable[..., str]:
     """Call something that must raise InputError; returns its message, which must be one line."""
-    from mka.limits import InputError
+    from mka.errors import InputError
 
     def call(function: Callable[..., object], *args: object, **options: object) -> str:
         with pytest.raises(InputError) as caught:

@@ -32,16 +32,11 @@ def test_large_ids_survive() -> None:
     assert BlockBatches(ids, T, 1, seed=0).at(0).max() == 65_535
 
 
-@pytest.mark.parametrize(("num_tokens", "blocks"), [(9, 1), (16, 1), (17, 2), (24, 2), (25, 3), (1000, 124)])
+@pytest.mark.parametrize(
+    ("num_tokens", "blocks"), [(9, 1), (16, 1), (17, 2), (24, 2), (25, 3), (1000, 124)]
+)
 def test_number_of_full_blocks(num_tokens: int, blocks: int) -> None:
     assert BlockBatches(counting(num_tokens), T, 2, seed=0).num_blocks == blocks
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "batches_per_step", "steps"), [(1, 1, 12), (4, 1, 3), (5, 1, 3), (4, 2, 2), (100, 1, 1)]
-)
-def test_steps_per_epoch(batch_size: int, batches_per_step: int, steps: int) -> None:
-    assert BlockBatches(counting(100), T, batch_size, seed=0).steps_per_epoch(batches_per_step) == steps
 
 
 def test_a_step_is_a_pure_function() -> None:
@@ -68,7 +63,12 @@ def test_batch_size_does_not_change_the_order() -> None:
 
 def test_each_token_after_the_first_is_predicted_once() -> None:
     batches = BlockBatches(counting(8 * 12 + 1), T, 4, seed=0)
-    predicted = torch.cat([batches.at(step)[:, 1:].flatten() for step in range(batches.steps_per_epoch())])
+    predicted = torch.cat(
+        [
+            batches.at(step)[:, 1:].flatten()
+            for step in range(-(-batches.num_blocks // batches.batch_size))
+        ]
+    )
     assert sorted(predicted.tolist()) == list(range(1, 97))
 
 
@@ -103,26 +103,34 @@ def test_evaluation_covers_everything_in_order(batch_size: int) -> None:
     split = held_out(8 * 12 + 1 + 5)
     assert split.token_bytes is not None
     batches = list(evaluation_batches(split, T, batch_size))
-    assert [len(tokens) for tokens, _ in batches] == [batch_size] * (12 // batch_size) + [12 % batch_size] * bool(
+    assert [len(tokens) for tokens, _ in batches] == [batch_size] * (12 // batch_size) + [
         12 % batch_size
+    ] * bool(12 % batch_size)
+    assert torch.cat([tokens[:, 1:].flatten() for tokens, _ in batches]).tolist() == list(
+        range(1, 97)
     )
-    assert torch.cat([tokens[:, 1:].flatten() for tokens, _ in batches]).tolist() == list(range(1, 97))
     for tokens, num_bytes in batches:
         assert type(num_bytes) is int
         assert num_bytes == split.token_bytes[tokens[:, 1:].numpy()].sum()
     assert sum(num_bytes for _, num_bytes in batches) == split.token_bytes[1:97].sum()
 
 
-@pytest.mark.parametrize(("max_tokens", "blocks"), [(1, 1), (8, 1), (47, 5), (48, 6), (800, 100), (10_000, 124)])
+@pytest.mark.parametrize(
+    ("max_tokens", "blocks"), [(1, 1), (8, 1), (47, 5), (48, 6), (800, 100), (10_000, 124)]
+)
 def test_limited_evaluation_is_spread_evenly(max_tokens: int, blocks: int) -> None:
     split = held_out(1000)
-    firsts = torch.cat([tokens[:, 0] for tokens, _ in evaluation_batches(split, T, 4, max_tokens)]) // T
+    firsts = (
+        torch.cat([tokens[:, 0] for tokens, _ in evaluation_batches(split, T, 4, max_tokens)]) // T
+    )
     assert len(firsts) == blocks
     assert len(set(firsts.tolist())) == blocks
     gaps = torch.diff(firsts, append=torch.tensor([124]))
     assert gaps.min() >= 124 // blocks
     assert gaps.max() <= -(-124 // blocks)
-    again = torch.cat([tokens[:, 0] for tokens, _ in evaluation_batches(split, T, 4, max_tokens)]) // T
+    again = (
+        torch.cat([tokens[:, 0] for tokens, _ in evaluation_batches(split, T, 4, max_tokens)]) // T
+    )
     assert torch.equal(again, firsts)
 
 

@@ -65,7 +65,10 @@ def test_an_entry_is_these_files(built: Path) -> None:
 
 
 def test_second_run_neither_trains_nor_encodes(
-    entry: Path, small_corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    entry: Path,
+    small_corpus: Corpus,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def never(*args: object) -> None:
         raise AssertionError("the cache was not used")
@@ -144,7 +147,9 @@ def test_every_byte_of_the_manifest_matters(entry: Path) -> None:
         assert storage.check_folder(entry)[0] is None, place
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"content": {}}', '{"content": 3}', "\udcff"])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "null", '{"content": {}}', '{"content": 3}', "\udcff"]
+)
 def test_manifest_of_another_shape(entry: Path, content: str) -> None:
     (entry / "manifest.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     assert read_entry(entry) is None
@@ -153,7 +158,11 @@ def test_manifest_of_another_shape(entry: Path, content: str) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("midway"), KeyboardInterrupt()])
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_failed_build_leaves_nothing(
-    error: BaseException, after: int, small_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    after: int,
+    small_corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_split = tokens.write_split
     done: list[str] = []
@@ -224,12 +233,18 @@ def test_cache_folder_that_cannot_be(small_corpus: Corpus, tmp_path: Path, refus
     assert "cannot be written" in refused(prepare, small_corpus, tmp_path / "file")
 
 
-def test_manifest_is_written_last(small_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifest_is_written_last(
+    small_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order: list[str] = []
     sync_file, write_atomically = storage.sync_file, storage.write_atomically
-    monkeypatch.setattr(storage, "sync_file", lambda path: order.append(path.name) or sync_file(path))
     monkeypatch.setattr(
-        storage, "write_atomically", lambda path, text: order.append(path.name) or write_atomically(path, text)
+        storage, "sync_file", lambda path: order.append(path.name) or sync_file(path)
+    )
+    monkeypatch.setattr(
+        storage,
+        "write_atomically",
+        lambda path, text: order.append(path.name) or write_atomically(path, text),
     )
     prepare(small_corpus, tmp_path)
     assert order[-1] == "manifest.json"
@@ -262,7 +277,11 @@ for entry in map(Path, sys.argv[2:]):
 
 
 def test_racing_processes_build_once(tmp_path: Path) -> None:
-    log, fresh, damaged = tmp_path / "log", tmp_path / "cache" / "fresh", tmp_path / "cache" / "damaged"
+    log, fresh, damaged = (
+        tmp_path / "log",
+        tmp_path / "cache" / "fresh",
+        tmp_path / "cache" / "damaged",
+    )
     write_entry(damaged, lambda folder: {"n": 0})
     empty(damaged / "manifest.json")
     command = [sys.executable, "-c", RACER, str(log), str(fresh), str(damaged)]
@@ -274,7 +293,9 @@ def test_racing_processes_build_once(tmp_path: Path) -> None:
     assert visible(fresh.parent) == ["damaged", "fresh"]
 
 
-def test_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_corpus: Corpus) -> None:
+def test_default_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_corpus: Corpus
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     prepared = prepare_tokens(small_corpus, "bpe", 400)
     assert visible(tmp_path / "xdg" / "mka") == [prepared.fingerprint]

@@ -31,7 +31,12 @@ def fake_stdlib(tmp_path: Path) -> Path:
         "__pycache__/cached.py": b"x = 1\n",
         "notes.txt": b"not source\n",
     }
-    not_text = {"latin.py": b"# caf\xe9\n", "blank.py": b" \n\n", "empty.py": b"", "nul.py": b"x = '\0'\n"}
+    not_text = {
+        "latin.py": b"# caf\xe9\n",
+        "blank.py": b" \n\n",
+        "empty.py": b"",
+        "nul.py": b"x = '\0'\n",
+    }
     for name, raw in (kept | passed_over | not_text).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(raw)
@@ -74,7 +79,9 @@ def test_the_real_stdlib() -> None:
     assert sum(sizes.values()) > 5_000_000
     assert 0.85 < counts["train"] / sum(counts.values()) < 0.95
     assert "argparse.py" in set.union(*(names_of(corpus, split) for split in SPLITS))
-    assert corpus.origin == {"interpreter": f"{platform.python_implementation()} {platform.python_version()}"}
+    assert corpus.origin == {
+        "interpreter": f"{platform.python_implementation()} {platform.python_version()}"
+    }
     assert sys.base_prefix not in repr(corpus.origin)
 
 
@@ -103,7 +110,17 @@ def test_a_new_document_moves_no_other() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["line\n" * 1000, "line\r\n" * 77, "x" * 1000, "title\n" + "y" * 5000, "é漢🎉\n" * 333, "a\nb\n", "ab", "a", "\n"],
+    [
+        "line\n" * 1000,
+        "line\r\n" * 77,
+        "x" * 1000,
+        "title\n" + "y" * 5000,
+        "é漢🎉\n" * 333,
+        "a\nb\n",
+        "ab",
+        "a",
+        "\n",
+    ],
 )
 def test_split_by_position_keeps_every_character(text: str) -> None:
     splits = split_by_position([("d", text)])
@@ -136,7 +153,9 @@ def test_fingerprint_sees_every_part(small_corpus: Corpus) -> None:
         changed(small_corpus, "train", [(train[0][0], train[0][1] + "."), *train[1:]]),
         changed(small_corpus, "train", train[::-1]),
         changed(small_corpus, "train", train[1:]),
-        replace(small_corpus, documents=small_corpus.documents | {"train": [], "validation": train}),
+        replace(
+            small_corpus, documents=small_corpus.documents | {"train": [], "validation": train}
+        ),
         changed(small_corpus, "test", [("ab", "c")]),
         changed(small_corpus, "test", [("a", "bc")]),
         changed(small_corpus, "test", [("a", "b"), ("c", "")]),

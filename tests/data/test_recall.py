@@ -9,7 +9,7 @@ import torch
 from mka.data import load_tokenizer
 from mka.data.needle import DIGITS, PasskeyTask
 from mka.data.recall import NOT_ASKED, recall_batch
-from mka.limits import InputError
+from mka.errors import InputError
 
 SHAPES = [(64, 4), (128, 8), (256, 16), (16, 4)]
 
@@ -31,7 +31,8 @@ def test_every_key_is_told_and_asked_once(tokens: int, pairs: int) -> None:
 
 
 def test_questions_come_early_more_often_than_late() -> None:
-    """x^(0.01 - 1) over 28 places: drawn first, the first place has the share that the law gives it."""
+    """x^(0.01 - 1) over 28 places: drawn first, the first place has the share that the law gives
+    it."""
     weights = np.arange(1, 29) ** (0.01 - 1)
     first = (recall_batch(58, 1, 4000, (3,)).targets[:, 2] != NOT_ASKED).float().mean().item()
     assert abs(first - weights[0] / weights.sum()) < 4 * (0.25 * 0.75 / 4000) ** 0.5
@@ -64,11 +65,16 @@ def task() -> tuple[PasskeyTask, object]:
 
 @pytest.mark.parametrize("length", [150, 1000, 20000])
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_the_key_stands_at_its_depth_and_is_the_answer(task: Any, length: int, depth: float) -> None:
+def test_the_key_stands_at_its_depth_and_is_the_answer(
+    task: Any, length: int, depth: float
+) -> None:
     passkeys, tokenizer = task
     passkey = passkeys.prompt(length, depth, (0, length))
     assert len(passkey.prompt) == length
-    text, key = tokenizer.decode(passkey.prompt.tolist()), tokenizer.decode(passkey.answer.tolist()).strip()
+    text, key = (
+        tokenizer.decode(passkey.prompt.tolist()),
+        tokenizer.decode(passkey.answer.tolist()).strip(),
+    )
     assert len(passkey.answer) == DIGITS == len(set(key))
     assert key.isdecimal()
     told = f"The pass key is {key}. Remember it."

@@ -25,7 +25,9 @@ def test_few_files_are_cut_inside(write_texts: Callable[..., Path]) -> None:
     assert corpus.split_rule == BY_POSITION
     for split in SPLITS:
         names = [name for name, _ in corpus.documents[split]]
-        assert names == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.txt"))
+        assert names == sorted(
+            path.relative_to(folder).as_posix() for path in folder.rglob("*.txt")
+        )
     for name, text in corpus.documents["train"]:
         rest = dict(corpus.documents["validation"])[name] + dict(corpus.documents["test"])[name]
         assert (text + rest).encode() == (folder / name).read_bytes()
@@ -33,7 +35,9 @@ def test_few_files_are_cut_inside(write_texts: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(("count", "rule"), [(99, BY_POSITION), (100, BY_DOCUMENT)])
-def test_a_hundred_files_are_split_by_document(write_texts: Callable[..., Path], count: int, rule: str) -> None:
+def test_a_hundred_files_are_split_by_document(
+    write_texts: Callable[..., Path], count: int, rule: str
+) -> None:
     corpus = load(write_texts(count, words=20))
     assert corpus.split_rule == rule
     names = [name for name, _ in all_documents(corpus)]
@@ -87,7 +91,10 @@ def test_a_file_counts_once(write_texts: Callable[..., Path], tmp_path: Path) ->
     folder = write_texts(4)
     link = tmp_path / "link.txt"
     link.symlink_to(folder / "part0" / "000.txt")
-    once, often = load(folder), load(folder, folder / "part0" / "000.txt", folder / "part1", link, folder)
+    once, often = (
+        load(folder),
+        load(folder, folder / "part0" / "000.txt", folder / "part1", link, folder),
+    )
     assert often.fingerprint == once.fingerprint
 
 

@@ -87,7 +87,9 @@ def test_round_trip(which: str, text: str, request: pytest.FixtureRequest) -> No
 
 def pretrained_folder(folder: Path, backend: Tokenizer, eos_token: str | None = None) -> str:
     transformers = pytest.importorskip("transformers")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos_token).save_pretrained(str(folder))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=eos_token
+    ).save_pretrained(str(folder))
     return str(folder)
 
 
@@ -166,7 +168,9 @@ def test_code_in_a_folder_is_not_run(tmp_path: Path, refused) -> None:
     marker = tmp_path / "was-run"
     folder = tmp_path / "tok"
     folder.mkdir()
-    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n", encoding="utf-8")
+    (folder / "own.py").write_text(
+        f"open({str(marker)!r}, 'w')\nclass Own: pass\n", encoding="utf-8"
+    )
     config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     refused(load_tokenizer, str(folder))

@@ -35,7 +35,8 @@ def words_only() -> TextTokenizer:
 
 
 def metaspace() -> TextTokenizer:
-    """One that rewrites spaces, puts one in front and falls back to bytes, like many Llama-family models."""
+    """One that rewrites spaces, puts one in front and falls back to bytes, like many Llama-family
+    models."""
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {
         "</s>": 256,
         "▁": 257,
@@ -44,7 +45,9 @@ def metaspace() -> TextTokenizer:
         "<unk>": 260,
     }
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     backend.decoder = decoders.ByteFallback()
     return TextTokenizer(backend, 256, "metaspace")
 
@@ -69,7 +72,9 @@ def test_documents_end_to_end(spec: str, small_corpus: Corpus, tmp_path: Path) -
         assert ids.dtype == np.uint16
         pieces = np.split(ids, np.flatnonzero(ids == eos) + 1)
         assert len(pieces.pop()) == 0
-        assert [prepared.tokenizer.decode(piece[:-1].tolist()) for piece in pieces] == [text for _, text in documents]
+        assert [prepared.tokenizer.decode(piece[:-1].tolist()) for piece in pieces] == [
+            text for _, text in documents
+        ]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -84,7 +89,9 @@ def test_bytes_of_held_out_splits(spec: str, small_corpus: Corpus, tmp_path: Pat
         ends = np.flatnonzero(ids == prepared.tokenizer.eos_id)
         assert not token_bytes[ends].any()
         per_document = np.diff(np.cumsum(token_bytes, dtype=np.int64)[ends], prepend=0)
-        assert per_document.tolist() == [len(text.encode()) for _, text in small_corpus.documents[split]]
+        assert per_document.tolist() == [
+            len(text.encode()) for _, text in small_corpus.documents[split]
+        ]
 
 
 def test_summary(small_corpus: Corpus, tmp_path: Path) -> None:
@@ -149,7 +156,9 @@ def test_bytes_add_up(name: str, tokenizers_by_name: dict[str, TextTokenizer]) -
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60))
-def test_bytes_add_up_for_any_text(name: str, text: str, tokenizers_by_name: dict[str, TextTokenizer]) -> None:
+def test_bytes_add_up_for_any_text(
+    name: str, text: str, tokenizers_by_name: dict[str, TextTokenizer]
+) -> None:
     ((ids, ends),) = tokenizers_by_name[name].encode_batch_with_ends([text])
     counts = bytes_of_tokens(text, ends, len(ids) + 1)
     assert counts[-1] == 0
@@ -164,7 +173,9 @@ def test_bytes_of_each_token(tokenizers_by_name: dict[str, TextTokenizer]) -> No
     assert bytes_of_tokens("Hello é world\n\n  x", ends, len(ids)).tolist() == [5, 3, 6, 2, 1, 2]
 
 
-def test_bytes_of_a_character_in_several_tokens(tokenizers_by_name: dict[str, TextTokenizer]) -> None:
+def test_bytes_of_a_character_in_several_tokens(
+    tokenizers_by_name: dict[str, TextTokenizer],
+) -> None:
     ((ids, ends),) = tokenizers_by_name["gpt2"].encode_batch_with_ends(["a漢b"])
     assert len(ids) == 5
     assert bytes_of_tokens("a漢b", ends, len(ids)).tolist() == [1, 3, 0, 0, 1]
@@ -183,7 +194,9 @@ def test_bytes_that_the_tokenizer_skips() -> None:
     assert bytes_of_tokens("", [], 0).tolist() == []
 
 
-def test_long_documents_are_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch, small_corpus: Corpus) -> None:
+def test_long_documents_are_encoded_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, small_corpus: Corpus
+) -> None:
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 250)
     texts = [text for _, text in small_corpus.documents["validation"]] + ["x" * 350, "y" * 100, "z"]
@@ -199,24 +212,34 @@ def test_long_documents_are_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch, s
     assert joined == [*texts, ""]
 
 
-def test_pieces_lose_no_text(monkeypatch: pytest.MonkeyPatch, small_corpus: Corpus, tmp_path: Path) -> None:
+def test_pieces_lose_no_text(
+    monkeypatch: pytest.MonkeyPatch, small_corpus: Corpus, tmp_path: Path
+) -> None:
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 64)
     prepared = prepare_tokens(small_corpus, "gpt2", 0, tmp_path)
     for split, documents in small_corpus.documents.items():
         decoded = prepared.tokenizer.decode(prepared.splits[split].ids.tolist())
         assert decoded == "".join(text + "<|endoftext|>" for _, text in documents)
-        assert prepared.summary["splits"][split]["bytes"] == sum(len(text.encode()) for _, text in documents)
+        assert prepared.summary["splits"][split]["bytes"] == sum(
+            len(text.encode()) for _, text in documents
+        )
     assert prepared.splits["test"].token_bytes is not None
     assert prepared.splits["test"].token_bytes.sum() == prepared.summary["splits"]["test"]["bytes"]
 
 
 def test_training_sees_the_train_split_only(small_corpus: Corpus, tmp_path: Path) -> None:
-    changed = replace(small_corpus, documents=small_corpus.documents | {"test": [("t", "zyzzyva " * 500)]})
-    first, second = (prepare_tokens(corpus, "bpe", 400, tmp_path) for corpus in (small_corpus, changed))
+    changed = replace(
+        small_corpus, documents=small_corpus.documents | {"test": [("t", "zyzzyva " * 500)]}
+    )
+    first, second = (
+        prepare_tokens(corpus, "bpe", 400, tmp_path) for corpus in (small_corpus, changed)
+    )
     assert first.tokenizer.backend.to_str() == second.tokenizer.backend.to_str()
 
 
-def test_key_is_everything_it_depends_on(small_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_is_everything_it_depends_on(
+    small_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "tok").mkdir()
     load_tokenizer("bpe", ["aaaa bbbb"], 260).backend.save(str(tmp_path / "tok" / "tokenizer.json"))
     other = replace(small_corpus, documents=small_corpus.documents | {"test": []})
@@ -225,7 +248,12 @@ def test_key_is_everything_it_depends_on(small_corpus: Corpus, tmp_path: Path, m
         return prepare_tokens(corpus, spec, vocab_size, tmp_path / "cache").fingerprint
 
     folder = str(tmp_path / "tok")
-    keys = [key(small_corpus, "bpe"), key(other, "bpe"), key(small_corpus, "bpe", 401), key(small_corpus, folder)]
+    keys = [
+        key(small_corpus, "bpe"),
+        key(other, "bpe"),
+        key(small_corpus, "bpe", 401),
+        key(small_corpus, folder),
+    ]
     load_tokenizer("bpe", ["cccc dddd"], 260).backend.save(str(tmp_path / "tok" / "tokenizer.json"))
     keys.append(key(small_corpus, folder))
     monkeypatch.setattr(tokens.tokenizers, "__version__", "0.0.0")
@@ -236,6 +264,9 @@ def test_key_is_everything_it_depends_on(small_corpus: Corpus, tmp_path: Path, m
 
 
 def test_import_loads_neither_transformers_nor_datasets() -> None:
-    code = "import sys, mka.data; print({'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules))"
+    code = (
+        "import sys, mka.data; print({'transformers', 'datasets', 'huggingface_hub'} & "
+        "set(sys.modules))"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

@@ -1,4 +1,5 @@
-"""WikiText through the real `datasets` code, out of a folder laid out like the repository on the hub."""
+"""WikiText through the real `datasets` code, out of a folder laid out like the repository on the
+hub."""
 
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         configurations += f"- config_name: {name}\n  data_files:\n"
         for split, rows in ROWS.items():
             text = [row.replace("First", name) for row in rows]
-            datasets.Dataset.from_dict({"text": text}).to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
+            datasets.Dataset.from_dict({"text": text}).to_parquet(
+                folder / name / f"{split}-00000-of-00001.parquet"
+            )
             configurations += f"  - split: {split}\n    path: {name}/{split}-*\n"
     (folder / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n", encoding="utf-8")
     return folder
@@ -46,7 +49,10 @@ def test_rows_become_articles(repository: Path) -> None:
     corpus = load_corpus("wikitext2", wikitext_source=str(repository))
     assert corpus.documents == {
         "train": [
-            ("00001 wikitext-2-raw-v1", " = wikitext-2-raw-v1 = \n Text one . \n = = Section = = \n More é 漢 . \n"),
+            (
+                "00001 wikitext-2-raw-v1",
+                " = wikitext-2-raw-v1 = \n Text one . \n = = Section = = \n More é 漢 . \n",
+            ),
             ("00002 Second", " = Second = \n Two . \n"),
         ],
         "validation": [("00001 Third <unk>", " = Third <unk> = \n Three . \n")],
@@ -77,7 +83,9 @@ def test_text_before_the_first_heading_is_kept() -> None:
 
 
 @pytest.mark.parametrize("dataset", ["wikitext2", "wikitext103"])
-def test_unreachable_hub(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused) -> None:
+def test_unreachable_hub(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused
+) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     monkeypatch.setattr(wikitext, "hub_is_reachable", lambda: False)
@@ -103,8 +111,12 @@ class Session:
             raise self.error
 
 
-@pytest.mark.parametrize(("error", "reachable"), [(None, True), (OSError("no route"), False), (ValueError(), False)])
-def test_one_probe_decides(error: Exception | None, reachable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "reachable"), [(None, True), (OSError("no route"), False), (ValueError(), False)]
+)
+def test_one_probe_decides(
+    error: Exception | None, reachable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub.utils
 
     monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: Session(error))

@@ -1,4 +1,5 @@
-"""The benchmark on the preset "tiny", with a fault planted on one rank where the environment asks for one."""
+"""The benchmark on the preset "tiny", with a fault planted on one rank where the environment asks
+for one."""
 
 import os
 import signal
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 
 from mka import cli
-from mka.config import PRESETS
+from mka.record.config import PRESETS
 from mka.training import loop, precision
 from tiny_runs import TINY
 
-FAULT, FAULTY_RANK, FAULTY_STEP = (os.environ.get(name, "") for name in ("FAULT", "FAULTY_RANK", "FAULTY_STEP"))
+FAULT, FAULTY_RANK, FAULTY_STEP = (
+    os.environ.get(name, "") for name in ("FAULT", "FAULTY_RANK", "FAULTY_STEP")
+)
 
 
 def take_step(model: Any, engine: Any, plan: Any, step: int, *rest: Any) -> int:

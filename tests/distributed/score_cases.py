@@ -1,4 +1,5 @@
-"""What a rank does: scores held-out splits with a model in shares and, by itself, with the whole model; prints both."""
+"""What a rank does: scores held-out splits with a model in shares and, by itself, with the whole
+model; prints both."""
 
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +26,10 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     strategy, sizes = case["strategy"], case["tokens"]
     model = tiny.tiny_model("fmka", **MEMORY)
     alone = [asdict(score(model, size, Ranks())) for size in sizes]
-    settings = {"strategy": "fsdp" if strategy == "fsdp" else "ddp", "deepspeed": deepspeed_settings(strategy)}
+    settings = {
+        "strategy": "fsdp" if strategy == "fsdp" else "ddp",
+        "deepspeed": deepspeed_settings(strategy),
+    }
     make_engine(model, tiny.plan(ranks=ranks, **settings))
     shared = [asdict(score(model, size, ranks)) for size in sizes]
     return {"name": strategy, "alone": ranks.gather(alone), "shared": ranks.gather(shared)}

@@ -1,4 +1,5 @@
-"""The benchmark's command on two ranks: one voice, the same files and numbers as from one process."""
+"""The benchmark's command on two ranks: one voice, the same files and numbers as from one
+process."""
 
 import json
 from pathlib import Path
@@ -9,12 +10,23 @@ import torch
 
 from checks import RELATIVE_RMS, TOLERANCE
 from launch import NEEDS_DEEPSPEED, Launch, OneLaunchForMany
-from mka.results import Result, read_results
+from mka.record.results import Result, read_results
 from tiny_runs import Ended
 
 COMMAND = Path(__file__).parent / "command.py"
 CONFIGS = Path(__file__).parents[2] / "configs"
-OPTIONS = ("--preset", "tiny", "--dataset", "text", "--attention_type", "mka", "--max_steps", 6, "--output_dir", "run")
+OPTIONS = (
+    "--preset",
+    "tiny",
+    "--dataset",
+    "text",
+    "--attention_type",
+    "mka",
+    "--max_steps",
+    6,
+    "--output_dir",
+    "run",
+)
 FLOAT32 = {"FLOAT32": "1"}
 PYTHON = ("--batch_size", 2, "--gradient_accumulation_steps", 2)
 LAUNCHES: dict[str, tuple[Any, ...]] = {
@@ -24,8 +36,20 @@ LAUNCHES: dict[str, tuple[Any, ...]] = {
 }
 BY_DEEPSPEED: dict[str, tuple[Any, ...]] = {
     "zero2": ("--batch_size", 2, "--deepspeed"),
-    "zero1": ("--batch_size", 2, "--deepspeed", "--deepspeed_config", CONFIGS / "ds_config_zero1.json"),
-    "zero3": ("--batch_size", 2, "--deepspeed", "--deepspeed_config", CONFIGS / "ds_config_zero3.json"),
+    "zero1": (
+        "--batch_size",
+        2,
+        "--deepspeed",
+        "--deepspeed_config",
+        CONFIGS / "ds_config_zero1.json",
+    ),
+    "zero3": (
+        "--batch_size",
+        2,
+        "--deepspeed",
+        "--deepspeed_config",
+        CONFIGS / "ds_config_zero3.json",
+    ),
 }
 
 
@@ -51,7 +75,10 @@ def on_two_ranks(name: str, launched: OneLaunchForMany, corpus: Path) -> tuple[E
     return launched(f"two-{name}", job, environment=FLOAT32), launched.place(f"two-{name}") / "run"
 
 
-NAMES = [pytest.param(name, marks=[] if name in ("ddp", "fsdp") else pytest.mark.slow) for name in LAUNCHES]
+NAMES = [
+    pytest.param(name, marks=[] if name in ("ddp", "fsdp") else pytest.mark.slow)
+    for name in LAUNCHES
+]
 NAMES += [pytest.param(name, marks=[pytest.mark.slow, NEEDS_DEEPSPEED]) for name in BY_DEEPSPEED]
 
 
@@ -72,10 +99,19 @@ def test_two_ranks_report_what_one_does(
 
 
 def check_launch(one: Result, two: Result, name: str) -> None:
-    assert (one.environment["launch"]["world_size"], one.environment["launch"]["started_by"]) == (1, "python")
+    assert (one.environment["launch"]["world_size"], one.environment["launch"]["started_by"]) == (
+        1,
+        "python",
+    )
     launch = two.environment["launch"]
-    assert (launch["world_size"], launch["machines"], launch["gradient_accumulation_steps"]) == (2, 1, 1)
-    assert launch["strategy"] == {"fp16": "ddp"}.get(name, f"deepspeed {name}" if name in BY_DEEPSPEED else name)
+    assert (launch["world_size"], launch["machines"], launch["gradient_accumulation_steps"]) == (
+        2,
+        1,
+        1,
+    )
+    assert launch["strategy"] == {"fp16": "ddp"}.get(
+        name, f"deepspeed {name}" if name in BY_DEEPSPEED else name
+    )
     assert launch["started_by"] == ("deepspeed" if name in BY_DEEPSPEED else "torchrun")
 
 

@@ -1,4 +1,5 @@
-"""Two machines, for real: two network namespaces joined by a cable, each with an address of its own."""
+"""Two machines, for real: two network namespaces joined by a cable, each with an address of its
+own."""
 
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import COMMANDS, Launch
-from mka.results import read_results
+from mka.record.results import read_results
 
 COMMAND = Path(__file__).parent / "command.py"
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -42,16 +43,43 @@ def machines() -> Iterator[tuple[str, str]]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-        subprocess.run(["ip", "link", "del", cable[0]], check=False, capture_output=True)  # not yet in a namespace
+        subprocess.run(
+            ["ip", "link", "del", cable[0]], check=False, capture_output=True
+        )  # not yet in a namespace
 
 
-def test_two_machines_train_one_model(machines: tuple[str, str], tmp_path: Path, corpus: Path) -> None:
-    options = ["--preset", "tiny", "--dataset", "text", "--text_path", corpus, "--attention_type", "fmka"]
+def test_two_machines_train_one_model(
+    machines: tuple[str, str], tmp_path: Path, corpus: Path
+) -> None:
+    options = [
+        "--preset",
+        "tiny",
+        "--dataset",
+        "text",
+        "--text_path",
+        corpus,
+        "--attention_type",
+        "fmka",
+    ]
     options += ["--max_steps", 4, "--output_dir", "run"]
     commands = [
         [
-            *("ip", "netns", "exec", name, COMMANDS / "torchrun", "--nnodes=2", f"--node_rank={rank}"),
-            *("--nproc_per_node=1", f"--master_addr={ADDRESSES[0]}", "--master_port=29500", COMMAND, *options),
+            *(
+                "ip",
+                "netns",
+                "exec",
+                name,
+                COMMANDS / "torchrun",
+                "--nnodes=2",
+                f"--node_rank={rank}",
+            ),
+            *(
+                "--nproc_per_node=1",
+                f"--master_addr={ADDRESSES[0]}",
+                "--master_port=29500",
+                COMMAND,
+                *options,
+            ),
         ]
         for rank, name in enumerate(machines)
     ]

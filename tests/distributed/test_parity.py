@@ -24,7 +24,9 @@ def cases(strategies: tuple[str, ...], **settings: Any) -> list[Case]:
     ]
 
 
-def outcomes(launched: OneLaunchForMany, name: str, ranks: int, asked: list[Case]) -> dict[str, dict[str, Any]]:
+def outcomes(
+    launched: OneLaunchForMany, name: str, ranks: int, asked: list[Case]
+) -> dict[str, dict[str, Any]]:
     """What each case gave, by its name."""
 
     def job(at: Launch) -> Ended:
@@ -52,17 +54,31 @@ def assert_same_training(one: dict[str, Any], many: dict[str, Any], tolerance: f
     [
         pytest.param(2, ("ddp", "fsdp"), id="2 ranks"),
         pytest.param(4, ("ddp", "fsdp"), id="4 ranks", marks=pytest.mark.slow),
-        pytest.param(2, ("zero1", "zero2", "zero3"), id="2 by DeepSpeed", marks=[pytest.mark.slow, NEEDS_DEEPSPEED]),
-        pytest.param(4, ("zero1", "zero2", "zero3"), id="4 by DeepSpeed", marks=[pytest.mark.slow, NEEDS_DEEPSPEED]),
+        pytest.param(
+            2,
+            ("zero1", "zero2", "zero3"),
+            id="2 by DeepSpeed",
+            marks=[pytest.mark.slow, NEEDS_DEEPSPEED],
+        ),
+        pytest.param(
+            4,
+            ("zero1", "zero2", "zero3"),
+            id="4 by DeepSpeed",
+            marks=[pytest.mark.slow, NEEDS_DEEPSPEED],
+        ),
     ],
 )
-def test_fifty_steps_in_float32(ranks: int, strategies: tuple[str, ...], launched: OneLaunchForMany) -> None:
+def test_fifty_steps_in_float32(
+    ranks: int, strategies: tuple[str, ...], launched: OneLaunchForMany
+) -> None:
     """Four parts on one rank, two on each of two, one on each of four."""
     one = one_rank(launched)
     many = outcomes(launched, f"float32-{ranks}-{strategies[0]}", ranks, cases(strategies))
     for strategy in strategies:
         for kind in KINDS:
-            assert_same_training(one[f"ddp {kind}"], many[f"{strategy} {kind}"], TOLERANCE[torch.float32])
+            assert_same_training(
+                one[f"ddp {kind}"], many[f"{strategy} {kind}"], TOLERANCE[torch.float32]
+            )
 
 
 def test_ddp_leaves_every_rank_with_the_same_weights(launched: OneLaunchForMany) -> None:
@@ -75,19 +91,31 @@ def test_ddp_leaves_every_rank_with_the_same_weights(launched: OneLaunchForMany)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategies", [("ddp", "fsdp"), pytest.param(("zero2", "zero3"), marks=NEEDS_DEEPSPEED)])
+@pytest.mark.parametrize(
+    "strategies", [("ddp", "fsdp"), pytest.param(("zero2", "zero3"), marks=NEEDS_DEEPSPEED)]
+)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_mixed_precision_on_two_ranks(precision: str, strategies: tuple[str, ...], launched: OneLaunchForMany) -> None:
+def test_mixed_precision_on_two_ranks(
+    precision: str, strategies: tuple[str, ...], launched: OneLaunchForMany
+) -> None:
     one = one_rank(launched)
-    many = outcomes(launched, f"{precision}-2-{strategies[0]}", 2, cases(strategies, precision=precision))
+    many = outcomes(
+        launched, f"{precision}-2-{strategies[0]}", 2, cases(strategies, precision=precision)
+    )
     for strategy in strategies:
         for kind in KINDS:
-            assert_same_training(one[f"ddp {kind}"], many[f"{strategy} {kind}"], RELATIVE_RMS[torch.bfloat16])
+            assert_same_training(
+                one[f"ddp {kind}"], many[f"{strategy} {kind}"], RELATIVE_RMS[torch.bfloat16]
+            )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategies", [("ddp", "fsdp"), pytest.param(("zero2",), marks=NEEDS_DEEPSPEED)])
-def test_an_overflow_on_one_rank_is_skipped_on_all(strategies: tuple[str, ...], launched: OneLaunchForMany) -> None:
+@pytest.mark.parametrize(
+    "strategies", [("ddp", "fsdp"), pytest.param(("zero2",), marks=NEEDS_DEEPSPEED)]
+)
+def test_an_overflow_on_one_rank_is_skipped_on_all(
+    strategies: tuple[str, ...], launched: OneLaunchForMany
+) -> None:
     asked = cases(strategies, precision="float16", planted_rank=1, steps=12)
     many = outcomes(launched, f"overflow-{strategies[0]}", 2, asked)
     for outcome in many.values():
@@ -101,4 +129,6 @@ def test_gradient_checkpointing_changes_nothing(launched: OneLaunchForMany) -> N
     many = outcomes(launched, "checkpointing", 2, cases(("ddp", "fsdp"), checkpointing=True))
     for strategy in ("ddp", "fsdp"):
         for kind in KINDS:
-            assert_same_training(one[f"ddp {kind}"], many[f"{strategy} {kind}"], TOLERANCE[torch.float32])
+            assert_same_training(
+                one[f"ddp {kind}"], many[f"{strategy} {kind}"], TOLERANCE[torch.float32]
+            )

@@ -1,4 +1,5 @@
-"""What a rank does: trains the cases given as JSON, one after the other, and prints what each gave as a JSON line."""
+"""What a rank does: trains the cases given as JSON, one after the other, and prints what each gave
+as a JSON line."""
 
 import hashlib
 import json
@@ -28,7 +29,10 @@ def deepspeed_settings(strategy: str) -> dict[str, Any] | None:
     if not strategy.startswith("zero"):
         return None
     stage = int(strategy.removeprefix("zero"))
-    return {"zero_optimization": {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+    return {
+        "zero_optimization": {"stage": stage}
+        | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    }
 
 
 def plan_of(case: dict[str, Any], ranks: Ranks) -> TrainingPlan:
@@ -79,12 +83,18 @@ def digest_of(model: nn.Module) -> str:
 
 def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Train one case. Collective."""
-    model: Any = tiny.tiny_model(case["kind"], **(MEMORY if case["kind"] in ("mka", "fmka") else {}))
+    model: Any = tiny.tiny_model(
+        case["kind"], **(MEMORY if case["kind"] in ("mka", "fmka") else {})
+    )
     if case.get("checkpointing"):
         checkpoint_blocks(model)
     plan = plan_of(case, ranks)
     planted = case.get("planted_rank")
-    fault = nullcontext() if planted is None else patch.object(loop_module, "take_step", overflowing(planted))
+    fault = (
+        nullcontext()
+        if planted is None
+        else patch.object(loop_module, "take_step", overflowing(planted))
+    )
     with fault:
         run = train(model, plan, look=lambda: 0.0)
     return {

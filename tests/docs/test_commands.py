@@ -1,4 +1,5 @@
-"""What is written down works: the original's commands word for word, and those of the README and of docs/."""
+"""What is written down works: the original's commands word for word, and those of the README and of
+docs/."""
 
 import re
 import runpy
@@ -9,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from mka import cli
-from mka.config import ATTENTION_TITLES, PRESETS, BenchmarkConfig, ResolvedConfig
+from mka.cli.commands import parse
 from mka.data import corpus
-from mka.results import read_results
+from mka.record.config import PRESETS, BenchmarkConfig, ResolvedConfig
+from mka.record.mechanisms import MECHANISMS
+from mka.record.results import read_results
 from tiny_runs import BENCHMARK_SCRIPT, TINY, Place, write_small_stdlib
 
 ROOT = BENCHMARK_SCRIPT.parent.parent.parent
-SIX = tuple(ATTENTION_TITLES)
+SIX = tuple(MECHANISMS)
 QUICK = PRESETS["quick"]
 
 ORIGINAL: dict[str, dict[str, Any]] = {
@@ -38,7 +40,10 @@ ORIGINAL: dict[str, dict[str, Any]] = {
         "max_steps": QUICK.max_steps,
         "local_window": "auto",
     },
-    "python src/experiments/benchmark.py --attention_type gqa --num_groups 8 --batch_size 16 --epochs 5": {
+    (
+        "python src/experiments/benchmark.py --attention_type gqa --num_groups 8 --batch_size 16 "
+        "--epochs 5"
+    ): {
         "attention_type": ("gqa",),
         "num_groups": 8,
         "batch_size": 16,
@@ -51,7 +56,10 @@ ORIGINAL: dict[str, dict[str, Any]] = {
         "epochs": 3,
         "max_steps": None,
     },
-    "python src/experiments/benchmark.py --gradient_accumulation_steps 4 --learning_rate 1e-4 --fp16": {
+    (
+        "python src/experiments/benchmark.py --gradient_accumulation_steps 4 --learning_rate 1e-4 "
+        "--fp16"
+    ): {
         "attention_type": SIX,
         "gradient_accumulation_steps": 4,
         "learning_rate": 1e-4,
@@ -72,7 +80,8 @@ LAUNCHES = (
     "deepspeed src/experiments/benchmark.py --deepspeed --deepspeed_config ds_config.json",
     "python examples/distributed_fmka_example.py",
 )
-"""The original's launches, with 2 where it writes N; docs/training.md has them, tests/distributed starts them."""
+"""The original's launches, with 2 where it writes N; docs/training.md has them, tests/distributed
+starts them."""
 
 
 @pytest.mark.parametrize("through", ["benchmark.py", "mka bench"])
@@ -80,9 +89,9 @@ LAUNCHES = (
 def test_an_original_command_is_understood(command: str, through: str) -> None:
     arguments = shlex.split(command)[2:]
     if through == "mka bench":
-        given = cli.parse(cli.Command, "mka", ["bench", *arguments])
+        given = parse("mka", "", ["bench", *arguments])[1]
     else:
-        given = cli.parse(BenchmarkConfig, "benchmark.py", arguments)
+        given = parse("benchmark.py", "bench", arguments)[1]
     assert type(given) is BenchmarkConfig
     resolved = given.resolved()
     assert type(resolved) is ResolvedConfig
@@ -90,7 +99,9 @@ def test_an_original_command_is_understood(command: str, through: str) -> None:
 
 
 @pytest.fixture
-def small_world(place: Place, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Place:
+def small_world(
+    place: Place, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Place:
     """The default preset and the default corpus are tiny; nothing else is different."""
     paths = {"stdlib": str(write_small_stdlib(tmp_path_factory.mktemp("stdlib")))}
     monkeypatch.setattr(corpus, "sysconfig", types.SimpleNamespace(get_paths=lambda: paths))
@@ -101,9 +112,13 @@ def small_world(place: Place, tmp_path_factory: pytest.TempPathFactory, monkeypa
 
 @pytest.mark.parametrize("command", ORIGINAL)
 def test_an_original_command_runs(
-    command: str, small_world: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    small_world: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The script itself, with these very words; it is started elsewhere, so that runs/ is the test's own."""
+    """The script itself, with these very words; it is started elsewhere, so that runs/ is the
+    test's own."""
     monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(BENCHMARK_SCRIPT), run_name="__main__")
@@ -113,7 +128,9 @@ def test_an_original_command_runs(
     rows = read_results(folder)
     expected = ORIGINAL[command]
     assert [row.attention_type for row in rows] == list(expected["attention_type"])
-    assert all(row.environment["precision"] == "float16" for row in rows) or not expected.get("fp16")
+    assert all(row.environment["precision"] == "float16" for row in rows) or not expected.get(
+        "fp16"
+    )
     for row in rows:
         assert f"{row.train_tokens:,} tokens for each mechanism and seed" in printed.out
         assert f"📊 Results for {row.attention_type.upper()}:" in printed.out
@@ -121,15 +138,20 @@ def test_an_original_command_runs(
 
 # ---- the README and docs/
 
-PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.is_file()]
+PAGES = [
+    path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.is_file()
+]
 BLOCK = re.compile(r"^( *)```(?:bash|sh|shell|console)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 OURS = ("mka", "python src/experiments/benchmark.py", "torchrun ", "deepspeed ")
 SCRIPTS = ("python examples/", "python benchmarks/")
 
 
 def commands(text: str) -> list[str]:
-    """The commands of this project in the fenced shell blocks of a page, as a user would type them at the root."""
-    lines = [line for _, block in BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    """The commands of this project in the fenced shell blocks of a page, as a user would type them
+    at the root."""
+    lines = [
+        line for _, block in BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()
+    ]
     found = (re.sub(r"^(\$ )?(\w+=\S+ )*(\.venv/bin/|\./)?", "", line.strip()) for line in lines)
     return [line for line in found if line.startswith(("mka ", "make ", *OURS[1:], *SCRIPTS))]
 
@@ -177,7 +199,9 @@ def test_the_readme_has_commands() -> None:
     assert len(commands(text)) >= 5
     assert len(text.splitlines()) <= 200
     for command in ORIGINAL:
-        assert command in [line.partition("#")[0].strip() for line in commands(text)], f"the README lacks: {command}"
+        assert command in [line.partition("#")[0].strip() for line in commands(text)], (
+            f"the README lacks: {command}"
+        )
 
 
 @pytest.mark.parametrize("command", LAUNCHES)
@@ -194,26 +218,28 @@ def test_a_written_command_is_right(command: str) -> None:
 def check(words: list[str]) -> None:
     """Raises what the parser raises, or fails if there is no such file or goal."""
     if words[0] == "make":
-        goals = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        goals = re.findall(
+            r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+        )
         assert words[1] in goals
         options = [word.partition("=")[2] for word in words if word.startswith("ARGS=")]
         if options and words[1] == "bench":
-            understand(BenchmarkConfig, shlex.split(options[0]))
+            understand("benchmark.py", "bench", shlex.split(options[0]))
     elif words[0] == "mka":
-        understand(cli.Command, words[1:])
+        understand("mka", "", words[1:])
     elif "src/experiments/benchmark.py" in words:
         options = words[words.index("src/experiments/benchmark.py") + 1 :]
-        understand(BenchmarkConfig, options)
+        understand("benchmark.py", "bench", options)
         files = [word for word in options if word.endswith(".json")]
         assert all((ROOT / file).is_file() for file in files), f"no such file: {files}"
     else:
         assert (ROOT / words[1]).is_file()
 
 
-def understand(form: Any, arguments: list[str]) -> None:
+def understand(program: str, name: str, arguments: list[str]) -> None:
     if "--help" in arguments:
         return
-    given = cli.parse(form, "mka", arguments)
+    _, given = parse(program, name, arguments)
     if isinstance(given, BenchmarkConfig):
         given.resolved()
 

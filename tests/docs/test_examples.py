@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mka.folders import claimed
+from mka.record.folders import claimed
 from tiny_runs import BENCHMARK_SCRIPT, write_corpus, write_small_stdlib
 
 EXAMPLES = sorted((BENCHMARK_SCRIPT.parent.parent.parent / "examples").glob("*.py"))
@@ -49,10 +49,19 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     assert example.name in ARGUMENTS, "say here how this example is kept short"
     stdlib = tmp_path / "stdlib"
     stdlib.mkdir()
-    command = [sys.executable, "-W", "error", "-c", START, str(write_small_stdlib(stdlib)), str(example)]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        START,
+        str(write_small_stdlib(stdlib)),
+        str(example),
+    ]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     arguments = [
-        str(write_corpus(tmp_path / "text", 60_000)) if word == "TEXT" else word for word in ARGUMENTS[example.name]
+        str(write_corpus(tmp_path / "text", 60_000)) if word == "TEXT" else word
+        for word in ARGUMENTS[example.name]
     ]
     done = subprocess.run(
         [*command, *arguments],
@@ -65,9 +74,13 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert PRINTED[example.name] in done.stdout
     saved = [path.parent for path in tmp_path.glob("cache/*/*/model.safetensors")]
-    assert all((folder / "manifest.json").is_file() for folder in saved), "a saved model carries its checksums"
+    assert all((folder / "manifest.json").is_file() for folder in saved), (
+        "a saved model carries its checksums"
+    )
     assert len(saved) == ("Saved  " in done.stdout)
-    assert {path.name for path in tmp_path.iterdir()} <= {"stdlib", "cache", "text"}, "an example leaves no files about"
+    assert {path.name for path in tmp_path.iterdir()} <= {"stdlib", "cache", "text"}, (
+        "an example leaves no files about"
+    )
 
 
 def test_two_examples_do_not_write_to_one_folder(
@@ -79,7 +92,8 @@ def test_two_examples_do_not_write_to_one_folder(
         runpy.run_path(str(example), run_name="__main__")
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
-        f"recall_example.py: another run is writing to {tmp_path / 'mka-w16-seed0'}; wait until it has ended, or "
+        f"recall_example.py: another run is writing to {tmp_path / 'mka-w16-seed0'}; wait "
+        "until it has ended, or "
         "choose another --output_dir\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == [".mka-w16-seed0.lock"]

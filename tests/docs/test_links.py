@@ -14,7 +14,9 @@ def test_links_and_placeholders(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "@@" not in text
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
-    assert not [link for link in links if link and "://" not in link and not (page.parent / link).exists()]
+    assert not [
+        link for link in links if link and "://" not in link and not (page.parent / link).exists()
+    ]
 
 
 def test_the_readme_is_short() -> None:

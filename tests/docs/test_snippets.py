@@ -1,4 +1,5 @@
-"""Every Python block of the README and of docs/ runs as it stands, those of a page one after the other."""
+"""Every Python block of the README and of docs/ runs as it stands, those of a page one after the
+other."""
 
 import os
 import re
@@ -27,6 +28,11 @@ def test_pages_are_found() -> None:
 def test_the_blocks_run(page: Path, tmp_path: Path) -> None:
     script = "\n".join(BLOCK.findall(page.read_text("utf-8")))
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,9 @@ class Causal(nn.Module):
     def initial_state(self, rows: int) -> dict[str, Any]:
         return {}
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None, state: dict[str, Any] | None = None) -> Any:
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None = None, state: dict[str, Any] | None = None
+    ) -> Any:
         seen = x
         if state is not None:
             seen = torch.cat([state["x"], x], 1) if "x" in state else x
@@ -95,7 +97,9 @@ class BatchMean(Around):
 class ForgetsItsState(Causal):
     """Decodes with the latest four tokens alone."""
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None, state: dict[str, Any] | None = None) -> Any:
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None = None, state: dict[str, Any] | None = None
+    ) -> Any:
         y, state = super().forward(x, attention_mask, state)
         if state is not None:
             state["x"] = state["x"][:, -4:]

@@ -53,7 +53,11 @@ def test_every_rank_makes_the_same_number_of_passes(count: int, batch_size: int)
         passes, model = [], models[ranks.rank]
         model.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape))
         held_out_loss(
-            model, evaluation_batches(tiny.held_out_split(150), tiny.LENGTH, batch_size), tiny.CPU, None, ranks
+            model,
+            evaluation_batches(tiny.held_out_split(150), tiny.LENGTH, batch_size),
+            tiny.CPU,
+            None,
+            ranks,
         )
         return len(passes)
 
@@ -64,7 +68,10 @@ def test_every_rank_makes_the_same_number_of_passes(count: int, batch_size: int)
 def test_blocks_are_those_of_the_split_in_order() -> None:
     split, model = tiny.held_out_split(150), tiny.tiny_model()
     held = held_out_loss(model, evaluation_batches(split, tiny.LENGTH, 4), tiny.CPU)
-    alone = [held_out_loss(model, [batch], tiny.CPU).loss for batch in evaluation_batches(split, tiny.LENGTH, 1)]
+    alone = [
+        held_out_loss(model, [batch], tiny.CPU).loss
+        for batch in evaluation_batches(split, tiny.LENGTH, 1)
+    ]
     assert held.block_losses == pytest.approx(alone, rel=TOLERANCE[torch.float32])
     assert sum(held.block_losses) / len(alone) == pytest.approx(held.loss)
 
@@ -77,14 +84,18 @@ def test_units() -> None:
 
 
 def test_a_uniform_guess_costs_the_logarithm_of_the_vocabulary() -> None:
-    held = held_out_loss(tiny.Recording(), evaluation_batches(tiny.held_out_split(99), tiny.LENGTH, 2), tiny.CPU)
+    held = held_out_loss(
+        tiny.Recording(), evaluation_batches(tiny.held_out_split(99), tiny.LENGTH, 2), tiny.CPU
+    )
     assert held.perplexity == pytest.approx(tiny.VOCAB, rel=TOLERANCE[torch.float32])
 
 
 def test_nothing_is_trained_by_an_evaluation() -> None:
     model = tiny.tiny_model().train()
     before = tiny.weights_of(model)
-    held_out_loss(model, evaluation_batches(tiny.held_out_split(99), tiny.LENGTH, 2), tiny.CPU, nullcontext())
+    held_out_loss(
+        model, evaluation_batches(tiny.held_out_split(99), tiny.LENGTH, 2), tiny.CPU, nullcontext()
+    )
     tiny.assert_same_bytes(tiny.weights_of(model), before)
     assert all(p.grad is None for p in model.parameters())
     assert not model.training
@@ -114,7 +125,9 @@ class FixedLogits(nn.Module):
 
 
 def test_next_token_loss_has_one_term_for_each_token_but_the_first() -> None:
-    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+    logits = torch.randn(
+        2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).float()
     tokens = torch.tensor([[6, 1, 2, 3, 4, 5], [0, 0, 6, 6, 2, 1]])
     model = FixedLogits(logits)
     terms = next_token_loss(model, tokens, reduction="none")
@@ -125,13 +138,16 @@ def test_next_token_loss_has_one_term_for_each_token_but_the_first() -> None:
             assert terms[row, t].item() == pytest.approx(
                 -odds[row, t, tokens[row, t + 1]].item(), rel=TOLERANCE[torch.float32]
             )
-    assert next_token_loss(model, tokens).item() == pytest.approx(terms.mean().item(), rel=TOLERANCE[torch.float32])
+    assert next_token_loss(model, tokens).item() == pytest.approx(
+        terms.mean().item(), rel=TOLERANCE[torch.float32]
+    )
     other_start = torch.cat([(tokens[:, :1] + 1) % 7, tokens[:, 1:]], dim=1)
     assert torch.equal(next_token_loss(model, other_start, reduction="none"), terms)
 
 
 def test_nothing_is_padded_or_masked() -> None:
-    """Blocks are full: the model is shown T tokens a row and no mask, and every logit has a part in the loss."""
+    """Blocks are full: the model is shown T tokens a row and no mask, and every logit has a part in
+    the loss."""
     tokens = torch.randint(7, (2, 6), generator=torch.Generator().manual_seed(0))
     model = FixedLogits(torch.zeros(2, 5, 7))
     next_token_loss(model, tokens).backward()

@@ -12,9 +12,9 @@ import torch
 from memory_models import save_model, story
 from mka import cli
 from mka.evaluation import routing_of
-from mka.loading import load
 from mka.memory.router import Router
 from mka.models import mechanisms
+from mka.models.loading import load
 
 KINDS = ("mka", "fmka")
 ROUTED: dict[str, Any] = {"mka": {"mix": "routed"}}
@@ -66,8 +66,21 @@ def found(
     folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more: object
 ) -> tuple[dict[str, Any], str]:
     output = tmp_path / "router.json"
-    command = ["--model", folder, "--dataset", "text", "--text_path", text, "--split", "train", "--length", 150]
-    status, out, err = run(capsys, *command, "--rows", 3, "--batch_size", 2, "--output", output, *more)
+    command = [
+        "--model",
+        folder,
+        "--dataset",
+        "text",
+        "--text_path",
+        text,
+        "--split",
+        "train",
+        "--length",
+        150,
+    ]
+    status, out, err = run(
+        capsys, *command, "--rows", 3, "--batch_size", 2, "--output", output, *more
+    )
     assert status == 0, err
     return json.loads(output.read_text()), out
 
@@ -79,7 +92,9 @@ def test_a_router_that_leans_on_one_level(
 ) -> None:
     rows, out = found(changed(tmp_path / "model", kind, leaning(level)), text, tmp_path, capsys)
     for number, layer in enumerate(rows["layers"]):
-        if level != 2:  # at the first tokens there is no chunk to lean on, and the others share evenly
+        if (
+            level != 2
+        ):  # at the first tokens there is no chunk to lean on, and the others share evenly
             assert layer["shares"][level] == pytest.approx(1, abs=1e-6)
             assert layer["entropy"] == pytest.approx(0, abs=1e-6)
             assert f"warning: layer {number} has collapsed onto L{level + 1}" in out
@@ -92,7 +107,9 @@ def test_a_router_that_leans_on_one_level(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_even_router(kind: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_even_router(
+    kind: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows, out = found(changed(tmp_path / "model", kind, even), text, tmp_path, capsys)
     for layer in rows["layers"]:
         assert layer["entropy"] == pytest.approx(1, abs=1e-5)
@@ -131,7 +148,9 @@ def test_shares_of_each_piece_and_of_each_token_of_the_first_row(
     found = routing_of(model, [ids[:2], ids[2:]], pieces=4)
     layers = len(mechanisms(model))
     for number, shares in enumerate(found["shares"]):
-        mix, exists = (torch.cat(parts) for parts in zip(seen[number], seen[layers + number], strict=True))
+        mix, exists = (
+            torch.cat(parts) for parts in zip(seen[number], seen[layers + number], strict=True)
+        )
         for piece, share in enumerate(shares):
             span = slice(8 * piece, 8 * piece + 8)
             choice = exists[:, span].sum(-1) > 1
@@ -183,22 +202,37 @@ def test_distances_and_time_constants(
     for attn, layer in zip(mechanisms(model), rows["layers"], strict=True):
         session: Any = attn.session
         constants = -1 / np.log(torch.sigmoid(session.decay_logit.detach().double()).numpy())
-        assert layer["time_constants"] == pytest.approx(np.quantile(constants, [0.1, 0.5, 0.9]).tolist(), rel=1e-6)
+        assert layer["time_constants"] == pytest.approx(
+            np.quantile(constants, [0.1, 0.5, 0.9]).tolist(), rel=1e-6
+        )
         median, far = layer["distance"]
         assert (attn.local_window or 0) <= median <= far < 150
 
 
-def test_a_model_without_a_router(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_a_router(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_model(tmp_path / "mha", "mha")
-    status, _, err = run(capsys, "--model", tmp_path / "mha", "--dataset", "text", "--text_path", text)
+    status, _, err = run(
+        capsys, "--model", tmp_path / "mha", "--dataset", "text", "--text_path", text
+    )
     assert status == 2
-    assert "it has no router: mka and fmka have one" in err
+    assert "the model has no router; mka and fmka have one" in err
     assert len(err.splitlines()) == 1
 
 
 def test_too_little_text(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "mka", "mka")
-    command = ["--model", tmp_path / "mka", "--dataset", "text", "--text_path", text, "--rows", 100000]
+    command = [
+        "--model",
+        tmp_path / "mka",
+        "--dataset",
+        "text",
+        "--text_path",
+        text,
+        "--rows",
+        100000,
+    ]
     status, _, err = run(capsys, *command)
     assert status == 2
     assert "rows is 100000" in err

@@ -24,7 +24,9 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
         from lm_eval.tasks.ruler import niah_utils
 
     whole = niah_utils.generate_samples
-    monkeypatch.setattr(niah_utils, "generate_samples", lambda *a, **k: whole(*a, **(k | {"num_samples": 3})))
+    monkeypatch.setattr(
+        niah_utils, "generate_samples", lambda *a, **k: whole(*a, **(k | {"num_samples": 3}))
+    )
 
 
 def right(prompt: str) -> str:
@@ -40,7 +42,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
 
     def write(_self: Any, requests: Sequence[Any], **_options: Any) -> list[str]:
         prompts.extend(request.args[0] for request in requests)
-        return [right(request.args[0]) if number == 0 else "7" for number, request in enumerate(requests)]
+        return [
+            right(request.args[0]) if number == 0 else "7"
+            for number, request in enumerate(requests)
+        ]
 
     monkeypatch.setattr(HFLM, "generate_until", write)
     status = cli.main(["eval", "ruler", *map(str, words)])
@@ -48,12 +53,23 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
 
 
 def test_what_is_written_is_scored(
-    few_prompts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    few_prompts: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The first of two prompts is answered right, the other one wrong."""
     save_model(tmp_path / "model", "mka")
     output = tmp_path / "ruler.jsonl"
-    words = ("--model", tmp_path / "model", "--tasks", "niah_single_1", "niah_multikey_2", "--output", output)
+    words = (
+        "--model",
+        tmp_path / "model",
+        "--tasks",
+        "niah_single_1",
+        "niah_multikey_2",
+        "--output",
+        output,
+    )
     status, printed, prompts = run(monkeypatch, capsys, *words, "--samples", 2)
     assert status == 0, printed.err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -65,7 +81,9 @@ def test_what_is_written_is_scored(
     assert "niah_single_1        4,096     0.500  (2 prompts)" in printed.out
 
 
-def test_a_model_writes_its_own_answer(few_prompts: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_writes_its_own_answer(
+    few_prompts: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Through generate and the memories of a real model, which knows nothing."""
     save_model(tmp_path / "model", "fmka")
     words = ("--model", tmp_path / "model", "--tasks", "niah_single_1", "--samples", 1)
@@ -81,18 +99,27 @@ def test_a_model_writes_its_own_answer(few_prompts: None, tmp_path: Path, capsys
         (("--samples", "0"), "samples is 0; it must be at least 1"),
     ],
 )
-def test_mistakes_are_one_line(words: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    words: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["eval", "ruler", "--model", "nowhere", *words]) == 2
     error = capsys.readouterr().err
     assert line in error
     assert error.count("\n") == 1
 
 
-def test_a_model_with_too_few_positions_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_with_too_few_positions_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from mka.data import load_tokenizer
     from mka.models import build_model, gpt2_config
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
     build_model(gpt2_config(vocab_size=300, **sizes), "mka").save_pretrained(tmp_path)
     load_tokenizer("bpe", ["some text"] * 9, 300).save(tmp_path)
     assert cli.main(["eval", "ruler", "--model", str(tmp_path)]) == 2
@@ -102,6 +129,11 @@ def test_a_model_with_too_few_positions_is_one_line(tmp_path: Path, capsys: pyte
 def test_without_its_packages_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ruler, "find_spec", lambda name: None if name == "wonderwords" else object())
+    monkeypatch.setattr(
+        ruler, "find_spec", lambda name: None if name == "wonderwords" else object()
+    )
     assert cli.main(["eval", "ruler", "--model", "nowhere"]) == 2
-    assert "eval ruler needs the package wonderwords; pip install 'mka[ruler]'" in capsys.readouterr().err
+    assert (
+        "eval ruler needs the package wonderwords; pip install 'mka[ruler]'"
+        in capsys.readouterr().err
+    )

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from memory_models import save_model, story
 from mka import cli
-from mka.commands import PerplexityConfig
-from mka.evaluation.text import DocumentScores, Window, by_position, score_documents, shown, windows
-from mka.loading import load
+from mka.cli.evaluate import shown
+from mka.evaluation import Perplexity, text_perplexity
+from mka.evaluation.text import Window, windows
+from mka.models.loading import load
 
 KINDS = ("mha", "mka")
 DOCUMENTS = [story(5, 700), "One line only.", story(6, 300) + "\n  two   spaces, and é\n"]
@@ -32,9 +34,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def scored(folder: Path, **options: Any) -> DocumentScores:
-    config = PerplexityConfig(**({"model": str(folder), "max_tokens": None} | options))
-    return score_documents(*load(str(folder)), DOCUMENTS, config)
+def scored(folder: Path, **options: Any) -> Perplexity:
+    return text_perplexity(*load(str(folder)), DOCUMENTS, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,17 +48,20 @@ def test_equals_lm_eval(kind: str, saved: Path, monkeypatch: pytest.MonkeyPatch)
 
     model, tokenizer = load(str(saved / kind))
     make: Any = HFLM
-    theirs = make(pretrained=model, tokenizer=tokenizer, max_length=32, batch_size=2, backend="causal")
+    theirs = make(
+        pretrained=model, tokenizer=tokenizer, max_length=32, batch_size=2, backend="causal"
+    )
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in DOCUMENTS]
     nats = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
     ours = scored(saved / kind, max_length=32)
     assert ours.nats == pytest.approx([-x for x in nats], rel=1e-4)
     assert ours.tokens.min() < 32 < ours.tokens.max()
-    figures = {name: estimate.value for name, (_, estimate) in ours.figures().items()}
     by_words = [(x, len(re.split(r"\s+", text))) for x, text in zip(nats, DOCUMENTS, strict=True)]
     by_bytes = [(x, len(text.encode())) for x, text in zip(nats, DOCUMENTS, strict=True)]
-    assert math.log(figures["word_perplexity"]) == pytest.approx(math.log(metrics.weighted_perplexity(by_words)), 1e-4)
-    assert figures["bits_per_byte"] == pytest.approx(metrics.bits_per_byte(by_bytes), rel=1e-4)
+    assert math.log(ours.word_perplexity.value) == pytest.approx(
+        math.log(metrics.weighted_perplexity(by_words)), 1e-4
+    )
+    assert ours.bits_per_byte.value == pytest.approx(metrics.bits_per_byte(by_bytes), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,16 +70,22 @@ def test_a_document_in_one_window_is_one_call(kind: str, stride: int | None, sav
     model, tokenizer = load(str(saved / kind))
     whole = scored(saved / kind, max_length=4000, stride=stride)
     for text, nats in zip(DOCUMENTS, whole.nats, strict=True):
-        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]])
+        ids = torch.tensor(
+            [[tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]]
+        )
         with torch.no_grad():
             logits = model(ids[:, :-1], use_cache=False).logits
-        assert nats == pytest.approx(cross_entropy(logits[0], ids[0, 1:], reduction="sum").item(), rel=1e-5)
+        assert nats == pytest.approx(
+            cross_entropy(logits[0], ids[0, 1:], reduction="sum").item(), rel=1e-5
+        )
 
 
 def test_the_stride_decides_what_each_token_sees(saved: Path) -> None:
     """Token by token: what the last `max_length` tokens predict."""
     model, tokenizer = load(str(saved / "mha"))
-    ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(DOCUMENTS[2], add_special_tokens=False).input_ids])
+    ids = torch.tensor(
+        [tokenizer.eos_token_id, *tokenizer(DOCUMENTS[2], add_special_tokens=False).input_ids]
+    )
     by_hand = 0.0
     for t in range(1, len(ids)):
         with torch.no_grad():
@@ -87,7 +97,9 @@ def test_the_stride_decides_what_each_token_sees(saved: Path) -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_batches_do_not_matter(batch_size: int, saved: Path) -> None:
     one = scored(saved / "mka", max_length=16, stride=5)
-    assert scored(saved / "mka", max_length=16, stride=5, batch_size=batch_size).nats == pytest.approx(one.nats, 1e-5)
+    assert scored(
+        saved / "mka", max_length=16, stride=5, batch_size=batch_size
+    ).nats == pytest.approx(one.nats, 1e-5)
 
 
 def test_windows_by_hand() -> None:
@@ -97,7 +109,9 @@ def test_windows_by_hand() -> None:
     assert [*windows(0, 4, 4)] == []
 
 
-@pytest.mark.parametrize(("tokens", "length", "stride"), [(1, 1, 1), (100, 7, 3), (64, 64, 64), (65, 64, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "length", "stride"), [(1, 1, 1), (100, 7, 3), (64, 64, 64), (65, 64, 64)]
+)
 def test_every_token_is_predicted_once(tokens: int, length: int, stride: int) -> None:
     parts = [*windows(tokens, length, stride)]
     assert [t for part in parts for t in range(part.first, part.end)] == list(range(tokens))
@@ -106,9 +120,10 @@ def test_every_token_is_predicted_once(tokens: int, length: int, stride: int) ->
 
 def test_positions_by_hand() -> None:
     long = np.arange(300.0)[None] + np.array([[0.0], [2.0]])
-    found = [(begin, end, estimate.value) for begin, end, estimate in by_position(long)]
+    scores = Perplexity(np.ones(2), np.ones(2), long, 300, 300)
+    found = [(begin, end, estimate.value) for begin, end, estimate in scores.by_position()]
     assert found == [(0, 64, 32.5), (64, 256, 160.5), (256, 300, 278.5)]
-    assert [*by_position(np.empty((0, 300)))] == []
+    assert [*replace(scores, long=np.empty((0, 300))).by_position()] == []
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -120,8 +135,19 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def test_the_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "text.json"
-    command = ["--model", saved / "mka", "--dataset", "text", "--text_path", saved / "text", "--split", "train"]
-    status, out, _ = run(capsys, *command, "--max_length", 100, "--output", output, "--baseline", saved / "mha")
+    command = [
+        "--model",
+        saved / "mka",
+        "--dataset",
+        "text",
+        "--text_path",
+        saved / "text",
+        "--split",
+        "train",
+    ]
+    status, out, _ = run(
+        capsys, *command, "--max_length", 100, "--output", output, "--baseline", saved / "mha"
+    )
     assert status == 0
     found = json.loads(output.read_text())
     assert found["documents"] == 12
@@ -134,24 +160,55 @@ def test_the_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["difference"]["verdict"] in out
 
 
-def test_a_model_does_not_differ_from_itself(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--model", saved / "mha", "--dataset", "text", "--text_path", saved / "text", "--split", "train"]
+def test_a_model_does_not_differ_from_itself(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "--model",
+        saved / "mha",
+        "--dataset",
+        "text",
+        "--text_path",
+        saved / "text",
+        "--split",
+        "train",
+    ]
     _, out, _ = run(capsys, *command, "--baseline", saved / "mha", "--max_tokens", 3000)
     assert "+0.0000  (+0.0000 to +0.0000)  bits per byte, not distinguishable" in out
 
 
-def test_one_document_has_no_interval(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_document_has_no_interval(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "one.txt").write_text(story(1, 500))
-    command = ["--model", saved / "mha", "--dataset", "text", "--text_path", tmp_path / "one.txt", "--split", "train"]
+    command = [
+        "--model",
+        saved / "mha",
+        "--dataset",
+        "text",
+        "--text_path",
+        tmp_path / "one.txt",
+        "--split",
+        "train",
+    ]
     output = tmp_path / "one.json"
     status, out, _ = run(capsys, *command, "--baseline", saved / "mka", "--output", output)
     assert status == 0
     assert "one document: no interval can be computed" in out
-    for name in ("loss", "token perplexity", "word perplexity", "bits per byte", "0 to 63", "against"):
+    for name in (
+        "loss",
+        "token perplexity",
+        "word perplexity",
+        "bits per byte",
+        "0 to 63",
+        "against",
+    ):
         (line,) = (line for line in out.splitlines() if line.startswith(name) and "(" in line)
         assert "(no interval)" in line
     assert "bits per byte, no verdict" in out
-    found = json.loads(output.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    found = json.loads(
+        output.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
+    )
     assert found["token_perplexity"]["value"] == pytest.approx(math.exp(found["loss"]["value"]))
     assert (found["token_perplexity"]["low"], found["difference"]["high"]) == (None, None)
 
@@ -159,9 +216,9 @@ def test_one_document_has_no_interval(saved: Path, tmp_path: Path, capsys: pytes
 def test_a_perplexity_beyond_every_number_is_said() -> None:
     loss = np.array([800.0, 801.0])
     one = np.ones(2)
-    figures = DocumentScores(loss, one, one, one, np.empty((0, 4))).figures()
-    assert shown(figures["loss"][1]).startswith("    800.5000  (800.0000 to")
-    assert shown(figures["token_perplexity"][1]).strip() == "above 1e308  (above 1e308 to above 1e308)"
+    scores = Perplexity(loss, one, np.empty((0, 4)), 4, 4)
+    assert shown(scores.loss).startswith("    800.5000  (800.0000 to")
+    assert shown(scores.token_perplexity).strip() == "above 1e308  (above 1e308 to above 1e308)"
 
 
 BAD = {
@@ -184,7 +241,11 @@ def test_bad_input_is_one_line(
     text = [] if "--dataset" in command else ["--dataset", "text", "--text_path", saved / "text"]
     arguments = command.replace("MKA", str(saved / "mka")).split()
     status, _, err = run(
-        capsys, *arguments, *text, "--max_length" if "max_length" not in command else "--batch_size", 8
+        capsys,
+        *arguments,
+        *text,
+        "--max_length" if "max_length" not in command else "--batch_size",
+        8,
     )
     assert status == 2
     assert BAD[command] in err

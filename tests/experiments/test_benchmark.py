@@ -1,4 +1,5 @@
-"""A whole comparison: what it leaves behind, how long it trains, and that it gives the same numbers again."""
+"""A whole comparison: what it leaves behind, how long it trains, and that it gives the same numbers
+again."""
 
 import json
 import math
@@ -10,14 +11,22 @@ import pytest
 import torch
 
 from checks import TOLERANCE
-from mka.config import ATTENTION_TITLES
 from mka.data import load_corpus, prepare_tokens
 from mka.evaluation import HeldOutLoss
-from mka.results import CurvePoint, Result, read_curve, read_results
+from mka.record.mechanisms import MECHANISMS
+from mka.record.results import CurvePoint, Result, read_curve, read_results
 from tiny_runs import TINY, Place
 
 SCHEMA = {
-    *("schema_version", "attention_type", "seed", "train_loss", "eval_loss", "perplexity", "bits_per_byte"),
+    *(
+        "schema_version",
+        "attention_type",
+        "seed",
+        "train_loss",
+        "eval_loss",
+        "perplexity",
+        "bits_per_byte",
+    ),
     *("train_seconds", "eval_seconds", "tokens_per_second", "parameters", "cache_bytes_per_token"),
     *(
         "memory_allocated",
@@ -30,7 +39,14 @@ SCHEMA = {
     ),
 }
 MEASURED = (
-    *("train_seconds", "eval_seconds", "tokens_per_second", "memory_allocated", "memory_reserved", "busy_cores"),
+    *(
+        "train_seconds",
+        "eval_seconds",
+        "tokens_per_second",
+        "memory_allocated",
+        "memory_reserved",
+        "busy_cores",
+    ),
     "checksum",
 )
 
@@ -45,7 +61,10 @@ def six(tiny_place: Place) -> Place:
 
 def numbers(place: Place, output: str = "run") -> list[dict[str, Any]]:
     """The rows without what a clock or the system measured."""
-    return [{name: value for name, value in row.items() if name not in MEASURED} for row in place.rows(output)]
+    return [
+        {name: value for name, value in row.items() if name not in MEASURED}
+        for row in place.rows(output)
+    ]
 
 
 def train_blocks(place: Place) -> int:
@@ -54,18 +73,23 @@ def train_blocks(place: Place) -> int:
 
 
 def test_all_six_run_when_none_is_named(six: Place) -> None:
-    assert six.keys() == [(kind, 0) for kind in ATTENTION_TITLES]
+    assert six.keys() == [(kind, 0) for kind in MECHANISMS]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1e9])
 def test_a_held_out_loss_without_a_perplexity_is_no_result(
     loss: float, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mka.experiments.benchmark.held_out_loss", lambda *_: HeldOutLoss(loss, 1, 1, (loss,)))
+    monkeypatch.setattr(
+        "mka.experiments.benchmark.held_out_loss", lambda *_: HeldOutLoss(loss, 1, 1, (loss,))
+    )
     monkeypatch.setattr("mka.training.loop.check_finite", lambda value, _what: value)
     ended = place.bench("--attention_type", "mha")
     assert ended.status == 1
-    said = f"mka: mha, seed 0: the held-out loss is {loss:.6g}, and its perplexity no finite number: no result\n"
+    said = (
+        f"mka: mha, seed 0: the held-out loss is {loss:.6g} and its "
+        "perplexity is not finite: no result\n"
+    )
     assert ended.err == said
     assert not (place.folder / "run" / "results.jsonl").exists()
 
@@ -74,11 +98,24 @@ def test_the_folder_holds_everything(six: Place) -> None:
     folder = six.folder / "run"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     figures = {f"figures/{name}.svg" for name in ("loss_tokens", "loss_time", "perplexity_cache")}
-    curves = {f"curves/{kind}-seed0.jsonl" for kind in ATTENTION_TITLES}
-    loadable = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "manifest.json")
-    models = {f"models/{kind}-seed0/{name}" for kind in ATTENTION_TITLES for name in loadable}
+    curves = {f"curves/{kind}-seed0.jsonl" for kind in MECHANISMS}
+    loadable = (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "manifest.json",
+    )
+    models = {f"models/{kind}-seed0/{name}" for kind in MECHANISMS for name in loadable}
     watched = {"costs.jsonl", "routing/mka-seed0.json", "routing/fmka-seed0.json"}
-    files = {"config.json", "environment.json", "results.jsonl", "table.md", "manifest.json", ".lock"}
+    files = {
+        "config.json",
+        "environment.json",
+        "results.jsonl",
+        "table.md",
+        "manifest.json",
+        ".lock",
+    }
     assert names == files | figures | curves | models | watched
     assert not (folder / "checkpoints").exists(), "a training that has its result needs none"
 
@@ -113,14 +150,19 @@ def test_the_folder_says_what_it_is_about(six: Place) -> None:
     assert config["max_steps"] == TINY.max_steps
     assert config["global_batch_size"] == TINY.batch_size
     assert config["learning_rate"] == TINY.learning_rate
-    assert config["data"]["corpus_fingerprint"] == load_corpus("text", [str(six.corpus)]).fingerprint
+    assert (
+        config["data"]["corpus_fingerprint"] == load_corpus("text", [str(six.corpus)]).fingerprint
+    )
     assert not {"seeds", "attention_type", "output_dir"} & set(config)
     for row in six.rows():
-        assert row["config"].items() >= {"seeds": [0], "data": config["data"], "max_steps": TINY.max_steps}.items()
+        assert (
+            row["config"].items()
+            >= {"seeds": [0], "data": config["data"], "max_steps": TINY.max_steps}.items()
+        )
         assert ("local_window" in row["config"]) == (row["attention_type"] in ("mka", "fmka"))
 
 
-@pytest.mark.parametrize("kind", ATTENTION_TITLES)
+@pytest.mark.parametrize("kind", MECHANISMS)
 def test_curves_follow_the_training(six: Place, kind: str) -> None:
     curve = read_curve(six.folder / "run", kind, 0)
     assert [point.step for point in curve] == [0, 1, 2, 3]
@@ -128,14 +170,20 @@ def test_curves_follow_the_training(six: Place, kind: str) -> None:
     assert curve[0].train_loss is None
     assert curve[0].eval_loss is not None, "the first look comes before training"
     assert curve[-1].eval_loss is not None, "the last look comes after it"
-    assert curve[-1].seconds == next(row["train_seconds"] for row in six.rows() if row["attention_type"] == kind)
+    assert curve[-1].seconds == next(
+        row["train_seconds"] for row in six.rows() if row["attention_type"] == kind
+    )
     assert curve[-1].eval_loss < curve[0].eval_loss
 
 
 def test_the_table_has_a_line_for_each(six: Place) -> None:
     table = (six.folder / "run" / "table.md").read_text(encoding="utf-8")
     for row in six.rows():
-        line = next(line for line in table.splitlines() if line.startswith(f"| {row['attention_type'].upper()} |"))
+        line = next(
+            line
+            for line in table.splitlines()
+            if line.startswith(f"| {row['attention_type'].upper()} |")
+        )
         assert f"{row['eval_loss']:.4f}" in line
         assert "±" not in line
 
@@ -143,7 +191,7 @@ def test_the_table_has_a_line_for_each(six: Place) -> None:
 def test_the_same_seed_gives_the_same_numbers(six: Place) -> None:
     assert six.bench(output="again").status == 0
     assert numbers(six) == numbers(six, "again")
-    for kind in ATTENTION_TITLES:
+    for kind in MECHANISMS:
         first, again = (read_curve(six.folder / output, kind, 0) for output in ("run", "again"))
         assert [losses(point) for point in first] == [losses(point) for point in again]
 
@@ -211,7 +259,8 @@ def test_matched_parameters(place: Place) -> None:
     assert place.bench("--max_steps", 1, output="plain").status == 0
     assert place.bench("--max_steps", 1, "--match", "parameters", output="matched").status == 0
     plain, matched = (
-        {row["attention_type"]: row["parameters"] for row in place.rows(output)} for output in ("plain", "matched")
+        {row["attention_type"]: row["parameters"] for row in place.rows(output)}
+        for output in ("plain", "matched")
     )
     assert matched["mha"] == plain["mha"]
     for kind in ("mqa", "gqa", "mla", "mka", "fmka"):
@@ -231,7 +280,9 @@ def test_precision_is_printed_and_recorded(place: Place, flag: str, precision: s
     assert machine.endswith(f", {precision}")
 
 
-def test_steps_that_float16_skipped_are_shown(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_float16_skipped_are_shown(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first two of three: the scale is far too large, and is halved in each."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-25)
     monkeypatch.setattr("mka.training.Precision.scaler", lambda precision: scaler)
@@ -254,7 +305,9 @@ def test_activations_computed_twice_give_the_same_losses(six: Place) -> None:
         assert row["train_loss"] == pytest.approx(kept["train_loss"], rel=TOLERANCE[torch.float32])
 
 
-def test_without_a_flag_the_choice_is_the_processors(six: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_flag_the_choice_is_the_processors(
+    six: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for has, name in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr("mka.training.precision.has_bfloat16", lambda device, has=has: has)
         assert six.bench("--attention_type", "mha", "--max_steps", 1, output=name).status == 0
@@ -265,8 +318,8 @@ def test_a_result_is_safe_before_it_is_announced(place: Place) -> None:
     """What on_result is called with is already in the file."""
     from rich.console import Console
 
-    from mka.config import BenchmarkConfig
     from mka.experiments import run_benchmark
+    from mka.record.config import BenchmarkConfig
 
     seen: list[Result] = []
 

@@ -47,7 +47,9 @@ def test_every_row_and_the_folder_have_it(place: Place) -> None:
     assert [row["environment"] for row in place.rows()] == [held, held]
 
 
-def test_the_commit_is_that_of_the_source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_that_of_the_source_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A checkout of its own: once clean, once changed."""
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "file.py"))
     assert commit() is None, "no checkout"

@@ -1,4 +1,5 @@
-"""What the models are really given: the same training text in the same order; to be judged on, held-out text alone."""
+"""What the models are really given: the same training text in the same order; to be judged on,
+held-out text alone."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mka.config import ATTENTION_TITLES
 from mka.data import BlockBatches, TokenizedCorpus, load_corpus, prepare_tokens
-from mka.evaluation import perplexity
+from mka.evaluation import held_out
 from mka.experiments import benchmark
+from mka.record.mechanisms import MECHANISMS
 from mka.training import engine
 from tiny_runs import TINY, Place
 
 
 @dataclass
 class Seen:
-    """What one model was given: training batches, by optimiser step; and looks, each a list of (blocks, nats)."""
+    """What one model was given: training batches, by optimiser step; and looks, each a list of
+    (blocks, nats)."""
 
     model: nn.Module
     steps: list[list[Tensor]] = field(default_factory=lambda: [[]])
@@ -65,7 +67,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     monkeypatch.setattr(engine.TorchEngine, "__init__", made)
     monkeypatch.setattr(engine.TorchEngine, "step", optimiser_step)
     monkeypatch.setattr(benchmark, "held_out_loss", look)
-    monkeypatch.setattr(perplexity, "next_token_loss", scored_loss)
+    monkeypatch.setattr(held_out, "next_token_loss", scored_loss)
     return models
 
 
@@ -75,17 +77,24 @@ def tokens(place: Place) -> TokenizedCorpus:
 
 def blocks_of(place: Place, split: str) -> list[tuple[int, ...]]:
     ids, length = tokens(place).splits[split].ids, TINY.sequence_length
-    return [tuple(map(int, ids[start : start + length + 1])) for start in range(0, len(ids) - length, length)]
+    return [
+        tuple(map(int, ids[start : start + length + 1]))
+        for start in range(0, len(ids) - length, length)
+    ]
 
 
 def as_tuples(blocks: Tensor) -> list[tuple[int, ...]]:
     return [tuple(row) for row in blocks.tolist()]
 
 
-def test_all_mechanisms_see_the_same_batches_in_the_same_order(place: Place, seen: list[Seen]) -> None:
+def test_all_mechanisms_see_the_same_batches_in_the_same_order(
+    place: Place, seen: list[Seen]
+) -> None:
     assert place.bench().status == 0
-    assert len(seen) == len(ATTENTION_TITLES)
-    source = BlockBatches(tokens(place).splits["train"].ids, TINY.sequence_length, TINY.batch_size, seed=0)
+    assert len(seen) == len(MECHANISMS)
+    source = BlockBatches(
+        tokens(place).splits["train"].ids, TINY.sequence_length, TINY.batch_size, seed=0
+    )
     expected = torch.cat([source.at(step) for step in range(TINY.max_steps)])
     for model in seen:
         assert torch.equal(model.trained_on, expected)
@@ -112,12 +121,19 @@ def test_mechanisms_start_from_the_same_embeddings(
 
     monkeypatch.setattr(benchmark, "train", remember)
     assert place.bench("--max_steps", 1, "--seeds", 7).status == 0
-    assert len(starts) == len(ATTENTION_TITLES)
+    assert len(starts) == len(MECHANISMS)
     assert all(torch.equal(start, starts[0]) for start in starts)
 
 
-def test_an_optimiser_step_takes_batch_size_times_accumulation(place: Place, seen: list[Seen]) -> None:
-    assert place.bench("--attention_type", "mha", "--gradient_accumulation_steps", 3, output="parts").status == 0
+def test_an_optimiser_step_takes_batch_size_times_accumulation(
+    place: Place, seen: list[Seen]
+) -> None:
+    assert (
+        place.bench(
+            "--attention_type", "mha", "--gradient_accumulation_steps", 3, output="parts"
+        ).status
+        == 0
+    )
     assert place.bench("--attention_type", "mha", "--batch_size", 6, output="whole").status == 0
     parts, whole = seen
     *steps, rest = parts.steps
@@ -132,7 +148,8 @@ def test_an_optimiser_step_takes_batch_size_times_accumulation(place: Place, see
 
 
 def test_an_epoch_shows_every_block_of_the_train_split(place: Place, seen: list[Seen]) -> None:
-    """Also those of a last step that the epoch does not fill: it goes on with the next epoch's first blocks."""
+    """Also those of a last step that the epoch does not fill: it goes on with the next epoch's
+    first blocks."""
     blocks = blocks_of(place, "train")
     rows = next(rows for rows in range(40, 80) if len(blocks) % rows)
     assert place.bench("--attention_type", "mqa", "--batch_size", rows, "--epochs", 1).status == 0
@@ -148,7 +165,9 @@ def test_only_the_validation_split_is_evaluated(place: Place, seen: list[Seen]) 
     validation, train = set(blocks_of(place, "validation")), set(blocks_of(place, "train"))
     assert not validation & train
     for model in seen:
-        judged = {block for look in model.looks for blocks, _ in look for block in as_tuples(blocks)}
+        judged = {
+            block for look in model.looks for blocks, _ in look for block in as_tuples(blocks)
+        }
         assert judged == validation
         assert set(as_tuples(model.trained_on)) <= train
 

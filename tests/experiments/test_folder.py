@@ -1,4 +1,5 @@
-"""One folder, one configuration: a rerun does what is missing, and nothing finished is ever lost or mixed up."""
+"""One folder, one configuration: a rerun does what is missing, and nothing finished is ever lost or
+mixed up."""
 
 import json
 import shutil
@@ -7,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from mka.config import BenchmarkConfig
+from mka.errors import InputError
 from mka.experiments import benchmark
 from mka.experiments.folder import agree_with_folder, choose_folder, describe, open_folder, short
-from mka.limits import InputError
-from mka.results import read_results
+from mka.record.config import BenchmarkConfig
+from mka.record.results import read_results
 from tiny_runs import TINY, Place, fingerprint, finished_run, with_copy, write_corpus
 
 THREE = ("--attention_type", "mha", "mqa", "gqa")
@@ -67,7 +68,10 @@ def test_a_removed_row_is_run_again(copied: Place, missing: int) -> None:
     assert skipped(ended.out) == kinds[:missing] + kinds[missing + 1 :]
     assert lines(copied)[:2] == before[:missing] + before[missing + 1 :]
     again, first = json.loads(lines(copied)[2]), json.loads(before[missing])
-    assert (again["attention_type"], again["eval_loss"]) == (first["attention_type"], first["eval_loss"])
+    assert (again["attention_type"], again["eval_loss"]) == (
+        first["attention_type"],
+        first["eval_loss"],
+    )
 
 
 @pytest.mark.parametrize("left", [1, 300, -2])
@@ -75,12 +79,18 @@ def test_a_torn_last_line_is_run_again(copied: Place, left: int) -> None:
     before = lines(copied)
     put(copied, [*before[:2], before[2][:left]])
     ended = copied.bench(*THREE)
-    cut = f"warning: {copied.folder}/run: results.jsonl is cut in line 3: that line was passed over\n"
+    cut = f"warning: {copied.folder}/run: results.jsonl is cut in line 3: that line was skipped\n"
     lost = f"warning: {copied.folder}/run: results.jsonl has lost the result of gqa-seed0\n"
-    assert (ended.status, ended.err) == (0, f"{cut}{lost}{cut}"), "before the training, and beside the table"
+    assert (ended.status, ended.err) == (0, f"{cut}{lost}{cut}"), (
+        "before the training, and beside the table"
+    )
     assert ran(ended.out) == ["GQA"]
     assert lines(copied)[:2] == before[:2]
-    assert [row.attention_type for row in read_results(copied.folder / "run")] == ["mha", "mqa", "gqa"]
+    assert [row.attention_type for row in read_results(copied.folder / "run")] == [
+        "mha",
+        "mqa",
+        "gqa",
+    ]
     assert ran(copied.bench(*THREE).out) == []
 
 
@@ -89,7 +99,9 @@ def test_more_mechanisms_and_seeds_are_added(copied: Place) -> None:
     assert copied.keys() == [("mha", 0), ("mqa", 0), ("gqa", 0), ("mla", 1), ("mha", 1), ("mla", 0)]
     assert skipped(ended.out) == ["MHA"]
     for name in ("MHA", "MQA", "GQA", "MLA"):
-        assert any(line.startswith(f" {name} ") for line in ended.out.splitlines()), "the table is of the whole folder"
+        assert any(line.startswith(f" {name} ") for line in ended.out.splitlines()), (
+            "the table is of the whole folder"
+        )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +122,9 @@ def test_more_mechanisms_and_seeds_are_added(copied: Place) -> None:
 def test_another_configuration_is_refused(copied: Place, options: list[object], field: str) -> None:
     before = fingerprint(copied.folder)
     complaint = copied.bench(*THREE, *options).complaint
-    assert complaint.startswith(f"benchmark.py: {copied.folder}/run holds a different configuration: {field}")
+    assert complaint.startswith(
+        f"benchmark.py: {copied.folder}/run holds a different configuration: {field}"
+    )
     assert complaint.endswith("choose another --output_dir")
     assert fingerprint(copied.folder) == before
 
@@ -139,7 +153,9 @@ def test_results_of_another_schema_are_refused_before_anything_is_written(copied
     put(copied, [*lines(copied)[:2], b'{"schema_version": 99}\n'])
     before = fingerprint(copied.folder)
     stamps = {path: path.stat().st_mtime_ns for path in (copied.folder / "run").rglob("*")}
-    assert "results.jsonl line 3 is not a result of schema version 1" in copied.bench(*THREE).complaint
+    assert (
+        "results.jsonl line 3 is not a result of schema version 1" in copied.bench(*THREE).complaint
+    )
     assert fingerprint(copied.folder) == before
     assert stamps == {path: path.stat().st_mtime_ns for path in (copied.folder / "run").rglob("*")}
 
@@ -151,7 +167,8 @@ def test_a_folder_with_foreign_files_is_refused(place: Place) -> None:
     before = fingerprint(place.folder)
     complaint = place.bench().complaint
     assert complaint == (
-        f"benchmark.py: {folder} is not empty and holds no config.json of a run; choose another --output_dir"
+        f"benchmark.py: {folder} is not empty and holds no config.json of a run; choose "
+        "another --output_dir"
     )
     assert fingerprint(place.folder) == before
 
@@ -201,7 +218,9 @@ def test_a_failure_in_the_third_leaves_the_first_two(place: Place) -> None:
 
 
 def description(**changes: Any) -> dict[str, Any]:
-    config = BenchmarkConfig(preset="tiny", dataset="text", text_path=("a.txt",), **changes).resolved()
+    config = BenchmarkConfig(
+        preset="tiny", dataset="text", text_path=("a.txt",), **changes
+    ).resolved()
     return describe(config, {"corpus_fingerprint": "ab"}, "float32")
 
 
@@ -211,7 +230,9 @@ def described(num_ranks: int, batch_size: int = 2) -> dict[str, Any]:
 
 
 def chosen(precision: str = "float32", **changes: Any) -> Path:
-    config = BenchmarkConfig(preset="tiny", dataset="text", text_path=("a.txt",), **changes).resolved()
+    config = BenchmarkConfig(
+        preset="tiny", dataset="text", text_path=("a.txt",), **changes
+    ).resolved()
     return choose_folder(config, describe(config, {"corpus_fingerprint": "ab"}, precision))
 
 
@@ -219,8 +240,12 @@ def test_the_default_folder_is_the_configurations_own(tiny_place: Place) -> None
     assert chosen() == chosen()
     assert chosen().parent == Path("runs")
     assert chosen().name.startswith("tiny-text-")
-    assert chosen(attention_type=("mka",), seeds=(1, 2)) == chosen(), "which rows are wanted is not what they mean"
-    assert chosen(max_steps=TINY.max_steps) == chosen(), "the preset's value given by hand is the same value"
+    assert chosen(attention_type=("mka",), seeds=(1, 2)) == chosen(), (
+        "which rows are wanted is not what they mean"
+    )
+    assert chosen(max_steps=TINY.max_steps) == chosen(), (
+        "the preset's value given by hand is the same value"
+    )
     assert chosen(output_dir="elsewhere") == Path("elsewhere")
     others = [
         chosen(learning_rate=1e-4),
@@ -264,7 +289,9 @@ def test_open_folder_tells_what_is_finished(finished: Path, tmp_path: Path) -> N
 def test_agreeing_with_a_folder_writes_nothing(finished: Path, tmp_path: Path) -> None:
     held = json.loads((finished / "config.json").read_text(encoding="utf-8"))
     before = fingerprint(finished)
-    assert agree_with_folder(finished, held) == agree_with_folder(finished, held, resume=True) == held
+    assert (
+        agree_with_folder(finished, held) == agree_with_folder(finished, held, resume=True) == held
+    )
     assert agree_with_folder(tmp_path / "new", held) == held
     with pytest.raises(InputError, match=r"surprise is null there and 1 here"):
         agree_with_folder(finished, held | {"surprise": 1})
@@ -273,13 +300,17 @@ def test_agreeing_with_a_folder_writes_nothing(finished: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("started", "now"), [(1, 2), (4, 1), (2, 8)])
-def test_another_number_of_ranks_keeps_the_global_batch(tmp_path: Path, started: int, now: int) -> None:
+def test_another_number_of_ranks_keeps_the_global_batch(
+    tmp_path: Path, started: int, now: int
+) -> None:
     """The same command on more or fewer ranks is the same run; another --batch_size is not."""
     first, again = described(started), described(now)
     open_folder(tmp_path / "run", first, {})
     assert first["global_batch_size"] == 2 * started
     assert agree_with_folder(tmp_path / "run", again) == first
-    with pytest.raises(InputError, match=rf"global_batch_size is {2 * started} there and {16 * now} here"):
+    with pytest.raises(
+        InputError, match=rf"global_batch_size is {2 * started} there and {16 * now} here"
+    ):
         agree_with_folder(tmp_path / "run", described(now, batch_size=16))
 
 

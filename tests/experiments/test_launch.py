@@ -1,4 +1,5 @@
-"""How a run is started: who started it, how a step's rows are divided, and what is refused before the ranks meet."""
+"""How a run is started: who started it, how a step's rows are divided, and what is refused before
+the ranks meet."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,15 +8,22 @@ from typing import Any
 import pytest
 
 from mka import cli
-from mka.config import BenchmarkConfig
 from mka.distributed import Ranks
+from mka.errors import InputError
 from mka.experiments import launch, tracking
 from mka.experiments.launch import accumulation, describe_launch, read_deepspeed, started_by
-from mka.limits import InputError
+from mka.record.config import BenchmarkConfig
 from thread_ranks import Meeting, ThreadAccelerator
 from tiny_runs import Place, end, fingerprint
 
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CROSS_RANK")
+LAUNCHERS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "CROSS_RANK",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,19 +49,24 @@ def test_rows_are_divided_into_the_fewest_parts_that_fit(ranks: int, batch_size:
             assert (size * parts * ranks, size <= batch_size) == (rows, True)
         else:
             assert not fitting
-            with pytest.raises(InputError, match=rf"^{ranks} ranks do not divide the global batch of {rows} rows"):
+            with pytest.raises(
+                InputError, match=rf"^{ranks} ranks do not divide the global batch of {rows} rows"
+            ):
                 accumulation(rows, batch_size, ranks)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_a_new_run_takes_the_parts_that_were_asked_for(batch_size: int, ranks: int, parts: int) -> None:
+def test_a_new_run_takes_the_parts_that_were_asked_for(
+    batch_size: int, ranks: int, parts: int
+) -> None:
     assert accumulation(batch_size * parts * ranks, batch_size, ranks) == parts
 
 
 @pytest.mark.parametrize(
-    ("rows", "ranks", "allowed"), [(8, 3, "1, 2, 4, 8"), (12, 5, "1, 2, 3, 4, 6, 12"), (7, 2, "1, 7"), (1, 4, "1")]
+    ("rows", "ranks", "allowed"),
+    [(8, 3, "1, 2, 4, 8"), (12, 5, "1, 2, 3, 4, 6, 12"), (7, 2, "1, 7"), (1, 4, "1")],
 )
 def test_what_would_divide_is_listed(rows: int, ranks: int, allowed: str) -> None:
     with pytest.raises(InputError, match=rf"; allowed: {allowed}$"):
@@ -69,7 +82,9 @@ def test_what_would_divide_is_listed(rows: int, ranks: int, allowed: str) -> Non
         ({"RANK": "0", "CROSS_RANK": "0", "CROSS_SIZE": "1"}, "deepspeed"),
     ],
 )
-def test_who_started_it(environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_started_it(
+    environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert started_by() == expected
@@ -143,14 +158,18 @@ def test_deepspeed_without_a_launcher(refused: Callable[..., str]) -> None:
 @pytest.mark.usefixtures("deepspeed_is_there")
 def test_deepspeed_by_a_launcher_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    assert read_deepspeed(BenchmarkConfig(deepspeed=True).resolved()) == {"zero_optimization": {"stage": 2}}
+    assert read_deepspeed(BenchmarkConfig(deepspeed=True).resolved()) == {
+        "zero_optimization": {"stage": 2}
+    }
 
 
 def test_without_deepspeed_there_is_nothing_to_read() -> None:
     assert read_deepspeed(BenchmarkConfig().resolved()) is None
 
 
-def test_deepspeed_that_is_not_installed(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_that_is_not_installed(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mka.training.deepspeed_config.find_spec", lambda name: None)
     line = "benchmark.py: --deepspeed needs the package deepspeed; pip install 'mka[deepspeed]'"
     assert refused("--deepspeed") == line
@@ -166,7 +185,9 @@ def test_deepspeed_that_is_not_installed(refused: Callable[..., str], monkeypatc
         ('{"train_batch_size": 4}', "train_batch_size in {path} is 4; it is set by --batch_size, "),
     ],
 )
-def test_a_bad_deepspeed_file(place: Place, refused: Callable[..., str], content: str | None, reason: str) -> None:
+def test_a_bad_deepspeed_file(
+    place: Place, refused: Callable[..., str], content: str | None, reason: str
+) -> None:
     path: Path = place.folder / "ds.json"
     if content is not None:
         path.write_text(content)
@@ -177,8 +198,14 @@ def test_a_bad_deepspeed_file(place: Place, refused: Callable[..., str], content
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--deepspeed --strategy fsdp", "--deepspeed and --strategy fsdp are both given; choose one"),
-        ("--deepspeed_config ds.json", "deepspeed_config is 'ds.json' without --deepspeed; give both"),
+        (
+            "--deepspeed --strategy fsdp",
+            "--deepspeed and --strategy fsdp are both given; choose one",
+        ),
+        (
+            "--deepspeed_config ds.json",
+            "deepspeed_config is 'ds.json' without --deepspeed; give both",
+        ),
         ("--save_steps -1", "save_steps is -1; it must be at least 0"),
         ("--keep_checkpoints 0", "keep_checkpoints is 0; it must be at least 1"),
         ("--ddp_timeout 0", "ddp_timeout is 0; it must be at least 1"),
@@ -188,7 +215,9 @@ def test_flags_that_cannot_be(refused: Callable[..., str], words: str, line: str
     assert refused(*words.split()) == f"benchmark.py: {line}"
 
 
-@pytest.mark.parametrize("words", ["--strategy zero", "--strategy", "--track mlflow", "--keep_checkpoints x"])
+@pytest.mark.parametrize(
+    "words", ["--strategy zero", "--strategy", "--track mlflow", "--keep_checkpoints x"]
+)
 def test_words_that_are_not_understood(refused: Callable[..., str], words: str) -> None:
     assert refused(*words.split()).endswith("(--help lists all options)")
 
@@ -203,7 +232,8 @@ def test_a_tracker_that_is_not_installed(
 ) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda package: None)
     assert refused("--track", name) == (
-        f"benchmark.py: --track {name} needs the package {tracking.PACKAGES[name]}; pip install 'mka[{name}]'"
+        f"benchmark.py: --track {name} needs the package {tracking.PACKAGES[name]}; pip "
+        f"install 'mka[{name}]'"
     )
 
 
@@ -213,13 +243,16 @@ def test_a_tracker_that_is_not_installed(
 def test_resume_needs_a_run(place: Place) -> None:
     ended = place.bench("--resume")
     assert ended.complaint == (
-        f"benchmark.py: --resume: {place.folder / 'run'} holds no config.json of a run; give its folder by --output_dir"
+        f"benchmark.py: --resume: {place.folder / 'run'} holds no config.json of a run; give "
+        "its folder by --output_dir"
     )
     assert list(place.folder.iterdir()) == []
     (place.folder / "run").mkdir()
     assert "holds no config.json of a run" in place.bench("--resume").complaint
     assert list((place.folder / "run").iterdir()) == []
-    assert place.bench("--resume", output=None).complaint.startswith("benchmark.py: --resume: runs/tiny-text-")
+    assert place.bench("--resume", output=None).complaint.startswith(
+        "benchmark.py: --resume: runs/tiny-text-"
+    )
     assert not (place.folder / "runs").exists()
 
 
@@ -230,7 +263,7 @@ def test_resume_goes_on_with_one(place: Place, monkeypatch: pytest.MonkeyPatch) 
         assert place.bench(*command).status == 130
     ended = place.bench(*command, "--resume")
     assert (ended.status, ended.err) == (0, "")
-    assert "Going on after step 3 of 3\n" in ended.out
+    assert "Resuming after step 3 of 3\n" in ended.out
     assert place.keys() == [("mqa", 0), ("gqa", 0)]
     again = place.bench(*command, "--resume")
     assert "✅ MQA with seed 0 is already in" in again.out
@@ -241,11 +274,16 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_strategies_have_names_for_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strategies_have_names_for_every_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mka.training.deepspeed_config.find_spec", lambda name: object())
     monkeypatch.setenv("RANK", "0")
     for stage in (1, 2, 3):
         path = tmp_path / "ds.json"
         path.write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
         config = BenchmarkConfig(deepspeed=True, deepspeed_config=str(path)).resolved()
-        assert launch.strategy_name(config, Ranks(), read_deepspeed(config)) == f"deepspeed zero{stage}"
+        assert (
+            launch.strategy_name(config, Ranks(), read_deepspeed(config))
+            == f"deepspeed zero{stage}"
+        )

@@ -17,7 +17,9 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clock, self.own, self.others = 100.0, 7.0, 50.0
-        monkeypatch.setattr(neighbours.psutil, "cpu_times", lambda: Times(self.others, self.own, 900.0, 30.0, 0.0))
+        monkeypatch.setattr(
+            neighbours.psutil, "cpu_times", lambda: Times(self.others, self.own, 900.0, 30.0, 0.0)
+        )
         monkeypatch.setattr(neighbours.psutil, "Process", lambda: self)
         monkeypatch.setattr(neighbours.time, "perf_counter", lambda: self.clock)
 

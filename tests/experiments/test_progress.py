@@ -31,7 +31,10 @@ def plain(steps: int) -> list[str]:
 def test_plain_lines_where_there_is_no_terminal() -> None:
     lines = plain(100)
     assert lines == [
-        f"  step {step}/100  loss {7 - step / 25:.3f}  2,000 tokens/s  {(100 - step) / 2:.0f} s left"
+        (
+            f"  step {step}/100  loss {7 - step / 25:.3f}  2,000 tokens/s  {(100 - step) / 2:.0f} "
+            "s left"
+        )
         for step in (20, 40, 60, 80, 100)
     ]
 
@@ -47,7 +50,9 @@ def test_few_lines_and_always_the_last(steps: int) -> None:
 
 
 def test_a_bar_on_a_terminal() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None, _environ={})
+    console = Console(
+        file=io.StringIO(), force_terminal=True, width=120, color_system=None, _environ={}
+    )
     go(console, 40)
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
@@ -62,7 +67,9 @@ def test_a_bar_on_a_terminal() -> None:
 
 def test_the_bar_goes_away_when_training_ends() -> None:
     """What stays on the screen are the results."""
-    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None, _environ={})
+    console = Console(
+        file=io.StringIO(), force_terminal=True, width=120, color_system=None, _environ={}
+    )
     go(console, 3)
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().endswith("\x1b[2K"), "the last thing written erases the line"
@@ -76,4 +83,8 @@ def test_a_run_in_a_pipe_prints_plain_lines(place: Place) -> None:
     ended = place.bench("--attention_type", "mha")
     assert "\x1b" not in ended.out
     assert "\r" not in ended.out
-    assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("  step")] == ["1/3", "2/3", "3/3"]
+    assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("  step")] == [
+        "1/3",
+        "2/3",
+        "3/3",
+    ]

@@ -1,14 +1,15 @@
-"""Studies: named sets of trainings, their settings, and variants beside the mechanisms they vary."""
+"""Studies: named sets of trainings, their settings, and variants beside the mechanisms they
+vary."""
 
 import json
 
 import pytest
 
 from mka import cli
-from mka.arms import STUDIES
 from mka.attention import build_attention
-from mka.config import PRESETS, BenchmarkConfig, attention_options
-from mka.limits import InputError
+from mka.errors import InputError
+from mka.record.config import PRESETS, BenchmarkConfig, attention_options
+from mka.record.studies import STUDIES
 from tiny_runs import Place, end
 
 
@@ -25,7 +26,15 @@ def test_every_arm_of_every_study_can_be_built_and_has_a_name_of_its_own(name: s
 def test_the_small_study_is_what_it_should_be() -> None:
     """All six and mha with a window, three seeds, equal parameters, two million tokens or more."""
     config = BenchmarkConfig(study="small").resolved()
-    assert {arm.name for arm in config.arms} == {"mha", "mha-w128", "mqa", "gqa", "mla", "mka", "fmka"}
+    assert {arm.name for arm in config.arms} == {
+        "mha",
+        "mha-w128",
+        "mqa",
+        "gqa",
+        "mla",
+        "mka",
+        "fmka",
+    }
     assert (config.seeds, config.match, config.preset) == ((0, 1, 2), "parameters", "quick")
     assert config.max_steps is not None
     assert config.max_steps * config.batch_size * config.sequence_length >= 2_000_000
@@ -36,16 +45,18 @@ def test_what_the_command_line_gives_comes_before_the_study() -> None:
     assert (config.seeds, config.max_steps, config.match) == ((7,), 3, "flops")
     assert BenchmarkConfig(study="small", match="none").resolved().match == "none"
     assert BenchmarkConfig(study="small", epochs=1).resolved().max_steps is None
-    assert [arm.name for arm in BenchmarkConfig(study="top_k", attention_type=("mka",)).resolved().arms] == [
-        "mka",
-        "mka-K2",
-        "mka-K8",
-    ]
+    assert [
+        arm.name for arm in BenchmarkConfig(study="top_k", attention_type=("mka",)).resolved().arms
+    ] == ["mka", "mka-K2", "mka-K8"]
 
 
 def test_without_a_study_seeds_and_steps_are_the_presets() -> None:
     config = BenchmarkConfig().resolved()
-    assert (config.seeds, config.max_steps, config.match) == ((0,), PRESETS["quick"].max_steps, "none")
+    assert (config.seeds, config.max_steps, config.match) == (
+        (0,),
+        PRESETS["quick"].max_steps,
+        "none",
+    )
 
 
 def test_mistakes_are_one_line() -> None:
@@ -56,7 +67,17 @@ def test_mistakes_are_one_line() -> None:
 
 
 def test_variants_are_trained_kept_apart_and_not_trained_twice(place: Place) -> None:
-    command = [*place.options, "--output_dir", "run", "--study", "levels", "--attention_type", "mka", "--seeds", "0"]
+    command = [
+        *place.options,
+        "--output_dir",
+        "run",
+        "--study",
+        "levels",
+        "--attention_type",
+        "mka",
+        "--seeds",
+        "0",
+    ]
     command += ["--max_steps", "2", "--local_window", "8", "--chunk_size", "4"]
     assert end(cli.bench, *command).status == 0
     rows = place.rows()
@@ -66,7 +87,9 @@ def test_variants_are_trained_kept_apart_and_not_trained_twice(place: Place) -> 
     assert len({row["eval_loss"] for row in rows}) == len(rows)
     for row in rows:
         name = f"mka-{row['variant']}" if row["variant"] else "mka"
-        saved = json.loads((place.folder / "run" / "models" / f"{name}-seed0" / "config.json").read_text())
+        saved = json.loads(
+            (place.folder / "run" / "models" / f"{name}-seed0" / "config.json").read_text()
+        )
         assert saved["attention_options"]["top_k"] == row["config"]["top_k"]
         assert (place.folder / "run" / "curves" / f"{name}-seed0.jsonl").is_file()
     before = (place.folder / "run" / "results.jsonl").read_bytes()
@@ -77,7 +100,17 @@ def test_variants_are_trained_kept_apart_and_not_trained_twice(place: Place) -> 
 
 
 def test_studies_of_the_same_settings_share_what_they_have_in_common(place: Place) -> None:
-    command = [*place.options, "--output_dir", "run", "--attention_type", "mka", "--seeds", "0", "--max_steps", "1"]
+    command = [
+        *place.options,
+        "--output_dir",
+        "run",
+        "--attention_type",
+        "mka",
+        "--seeds",
+        "0",
+        "--max_steps",
+        "1",
+    ]
     assert end(cli.bench, *command, "--study", "decay").status == 0
     shared = end(cli.bench, *command, "--study", "routing")
     assert "MKA with seed 0 is already in" in shared.out

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mka.experiments import tracking
-from mka.results import read_curve
+from mka.record.results import read_curve
 from mka.training import TrainingRun
 from tiny_runs import TINY, Place
 
@@ -60,7 +60,9 @@ def test_tensorboard_has_every_look(followed: Path, kind: str) -> None:
 
 
 def test_there_is_one_folder_for_each_training(followed: Path) -> None:
-    assert {path.name for path in (followed / "tensorboard").iterdir()} == {f"{kind}-seed0" for kind in KINDS}
+    assert {path.name for path in (followed / "tensorboard").iterdir()} == {
+        f"{kind}-seed0" for kind in KINDS
+    }
 
 
 def test_tracking_changes_no_number(followed: Path, place: Place) -> None:
@@ -68,7 +70,10 @@ def test_tracking_changes_no_number(followed: Path, place: Place) -> None:
     rows = [json.loads(line) for line in (followed / "results.jsonl").read_text().splitlines()]
     assert [row["eval_loss"] for row in rows] == [row["eval_loss"] for row in place.rows()]
     assert not (place.folder / "run" / "tensorboard").exists()
-    assert place.bench("--attention_type", *KINDS, "--max_steps", 7, "--track", "tensorboard").status == 0
+    assert (
+        place.bench("--attention_type", *KINDS, "--max_steps", 7, "--track", "tensorboard").status
+        == 0
+    )
 
 
 class Tracker:
@@ -103,19 +108,32 @@ def test_any_tracker_is_started_told_and_finished_even_after_an_error(
 
     with pytest.raises(RuntimeError, match="lost"):
         work()
-    assert tracker.told == ["start", {"seed": 0}, (2, {"train/loss": 2.5, "train/tokens": 64}), "finish"]
+    assert tracker.told == [
+        "start",
+        {"seed": 0},
+        (2, {"train/loss": 2.5, "train/tokens": 64}),
+        "finish",
+    ]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_trackers_are_made_for_the_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_are_made_for_the_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[tuple[str, str, dict[str, Any]]] = []
     for kind in ("TensorBoardTracker", "WandBTracker", "TrackioTracker"):
         monkeypatch.setattr(
-            tracking.tracking, kind, lambda *words, kind=kind, **named: made.append((kind, words[0], named))
+            tracking.tracking,
+            kind,
+            lambda *words, kind=kind, **named: made.append((kind, words[0], named)),
         )
     tracking.make_tracker(name, tmp_path, "mha-seed0")
     expected = {
-        "tensorboard": ("TensorBoardTracker", "mha-seed0", {"logging_dir": tmp_path / "tensorboard"}),
+        "tensorboard": (
+            "TensorBoardTracker",
+            "mha-seed0",
+            {"logging_dir": tmp_path / "tensorboard"},
+        ),
         "wandb": ("WandBTracker", "mka", {"name": "mha-seed0", "dir": tmp_path}),
         "trackio": ("TrackioTracker", "mka", {"name": "mha-seed0"}),
     }

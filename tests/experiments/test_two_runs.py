@@ -10,9 +10,9 @@ import pytest
 
 from mka import cli
 from mka.distributed import Ranks
+from mka.errors import InputError
 from mka.experiments import benchmark, comparison
-from mka.folders import claimed
-from mka.limits import InputError
+from mka.record.folders import claimed
 from thread_ranks import on_ranks
 from tiny_runs import Place, end, fingerprint
 
@@ -36,7 +36,8 @@ def test_the_second_run_is_told(place: Place, other: str) -> None:
     with claimed(place.folder / "run"):
         complaint = place.bench(*COMMAND, "--seeds", 1, output=other).complaint
         assert complaint == (
-            f"benchmark.py: another run is writing to {place.folder / other}; wait until it has ended, or choose "
+            f"benchmark.py: another run is writing to {place.folder / other}; wait until it "
+            "has ended, or choose "
             "another --output_dir"
         )
         assert fingerprint(place.folder) == before
@@ -75,12 +76,15 @@ def test_a_run_has_its_folder_from_before_the_first_file_to_the_last(
         watch(benchmark, name)
     assert place.bench(*COMMAND).status == 0
     assert seen == dict.fromkeys(
-        ("open_folder", "train_model", "export_model", "append_result", "observe_models"), (True, True)
+        ("open_folder", "train_model", "export_model", "append_result", "observe_models"),
+        (True, True),
     )
     assert not is_claimed(place.folder / "run")
 
 
-def test_a_run_that_fails_gives_its_folder_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_gives_its_folder_back(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise InputError("no")
 
@@ -90,8 +94,11 @@ def test_a_run_that_fails_gives_its_folder_back(place: Place, monkeypatch: pytes
     assert not is_claimed(place.folder / "run")
 
 
-def test_a_run_that_began_and_ended_meanwhile_is_seen(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between this one's look at an empty folder and its claim: the configuration there is the other one's."""
+def test_a_run_that_began_and_ended_meanwhile_is_seen(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between this one's look at an empty folder and its claim: the configuration there is the
+    other one's."""
 
     @contextmanager
     def late(folder: Path) -> Iterator[None]:
@@ -101,7 +108,10 @@ def test_a_run_that_began_and_ended_meanwhile_is_seen(place: Place, monkeypatch:
 
     monkeypatch.setattr(comparison, "claimed", late)
     assert "run holds a different configuration" in place.bench(*COMMAND).complaint
-    assert sorted(path.name for path in (place.folder / "run").iterdir()) == [".lock", "config.json"]
+    assert sorted(path.name for path in (place.folder / "run").iterdir()) == [
+        ".lock",
+        "config.json",
+    ]
 
 
 def test_a_refusal_reaches_every_rank(tmp_path: Path) -> None:
@@ -115,5 +125,8 @@ def test_a_refusal_reaches_every_rank(tmp_path: Path) -> None:
         ended = on_ranks(3, lambda ranks: ranks.on_main(lambda: enter(ranks)))
     assert {type(error) for error in ended} == {InputError}
     assert {str(error) for error in ended} == {
-        f"another run is writing to {tmp_path}; wait until it has ended, or choose another --output_dir"
+        (
+            f"another run is writing to {tmp_path}; wait until it has ended, or choose another "
+            "--output_dir"
+        )
     }

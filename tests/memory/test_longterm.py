@@ -9,10 +9,16 @@ from mka.memory.longterm import chunk_means, read_summaries
 from mka.memory.search import Limits, Retrieved, retrieve
 
 
-@pytest.mark.parametrize(("tokens", "chunk_size"), [(1, 1), (7, 7), (6, 7), (23, 3), (24, 3), (25, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "chunk_size"), [(1, 1), (7, 7), (6, 7), (23, 3), (24, 3), (25, 1)]
+)
 @pytest.mark.parametrize("rest", [(4,), (2, 3)])
-def test_chunk_means_of_completed_chunks(tokens: int, chunk_size: int, rest: tuple[int, ...]) -> None:
-    x = torch.randn(2, tokens, *rest, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_chunk_means_of_completed_chunks(
+    tokens: int, chunk_size: int, rest: tuple[int, ...]
+) -> None:
+    x = torch.randn(
+        2, tokens, *rest, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     means = chunk_means(x, chunk_size)
     assert means.shape == (2, tokens // chunk_size, *rest)
     for j in range(tokens // chunk_size):
@@ -33,10 +39,14 @@ def test_chunk_means_are_float32_of_bfloat16() -> None:
     assert chunk_means(x, 2).item() == 1 + 2**-8
 
 
-def reading(tokens: int = 20, chunk_size: int = 3, window: int = 4, top_k: int = 3) -> tuple[Tensor, ...]:
+def reading(
+    tokens: int = 20, chunk_size: int = 3, window: int = 4, top_k: int = 3
+) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     shapes = [(2, tokens, 5), (2, tokens // chunk_size, 5), (2, tokens // chunk_size, 6)]
-    u, keys, means = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
+    u, keys, means = (
+        torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes
+    )
     found = retrieve(u.unsqueeze(2), keys.unsqueeze(2), Limits(chunk_size, window, top_k))
     return u, keys, means, *found
 
@@ -56,9 +66,14 @@ def by_hand(u: Tensor, keys: Tensor, means: Tensor, index: Tensor, found: Tensor
 @pytest.mark.parametrize("top_k", [1, 3, 50])
 def test_read_summaries_is_an_explicit_softmax_forward_and_backward(top_k: int) -> None:
     u, keys, means, index, found = reading(top_k=top_k)
-    fast, slow = read_summaries(u, keys, means, Retrieved(index, found)), by_hand(u, keys, means, index, found)
+    fast, slow = (
+        read_summaries(u, keys, means, Retrieved(index, found)),
+        by_hand(u, keys, means, index, found),
+    )
     close(fast, slow)
-    direction = torch.randn(fast.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    direction = torch.randn(
+        fast.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     grads = [torch.autograd.grad(y, [u, keys, means], direction) for y in (fast, slow)]
     for a, b in zip(*grads, strict=True):
         close(a, b)

@@ -1,4 +1,5 @@
-"""Retrieval against brute force, its candidates, its ties, and its indifference to tiles and to the future."""
+"""Retrieval against brute force, its candidates, its ties, and its indifference to tiles and to the
+future."""
 
 from collections.abc import Callable
 
@@ -20,7 +21,8 @@ from mka.memory.search import (
 )
 
 CASES = [
-    # tokens, chunk size, window, top-k: windows of none, below, at and above a chunk; K above the number of chunks
+    # tokens, chunk size, window, top-k: windows of none, below, at and above a chunk; K above the
+    # number of chunks
     (23, 3, 0, 2),
     (23, 3, 1, 2),
     (23, 3, 5, 1),
@@ -40,27 +42,36 @@ def inputs(tokens: int, chunk_size: int, groups: int = 2) -> tuple[Tensor, Tenso
     """Small integers: float sums of any order are exact, and ties are frequent."""
     generator = torch.Generator().manual_seed(tokens + chunk_size)
     queries = torch.randint(-2, 3, (2, tokens, groups, 4), generator=generator).float()
-    return queries, torch.randint(-2, 3, (2, tokens // chunk_size, groups, 4), generator=generator).float()
+    return queries, torch.randint(
+        -2, 3, (2, tokens // chunk_size, groups, 4), generator=generator
+    ).float()
 
 
 @limits
 def test_equals_brute_force(tokens: int, chunk_size: int, window: int, top_k: int) -> None:
     queries, summaries = inputs(tokens, chunk_size)
     rule = Limits(chunk_size, window, top_k)
-    fast, slow = retrieve(queries, summaries, rule), checks_memory.brute_force(queries, summaries, rule)
+    fast, slow = (
+        retrieve(queries, summaries, rule),
+        checks_memory.brute_force(queries, summaries, rule),
+    )
     assert torch.equal(fast.found, slow.found)
     assert torch.equal(fast.chunk, slow.chunk)
 
 
 @limits
-def test_only_completed_chunks_outside_the_window(tokens: int, chunk_size: int, window: int, top_k: int) -> None:
+def test_only_completed_chunks_outside_the_window(
+    tokens: int, chunk_size: int, window: int, top_k: int
+) -> None:
     queries, summaries = inputs(tokens, chunk_size)
     retrieved = retrieve(queries, summaries, Limits(chunk_size, window, top_k))
     checks_memory.assert_only_completed_chunks_outside_the_window(retrieved, chunk_size, window)
 
 
 @limits
-def test_the_number_of_candidates_follows_the_rule(tokens: int, chunk_size: int, window: int, top_k: int) -> None:
+def test_the_number_of_candidates_follows_the_rule(
+    tokens: int, chunk_size: int, window: int, top_k: int
+) -> None:
     counted = [len(checks_memory.rule(t, chunk_size, window)) for t in range(tokens)]
     assert Limits(chunk_size, window, top_k).end(torch.arange(tokens)).tolist() == counted
     assert [Limits(chunk_size, window, 1).count(t + 1) for t in range(tokens)] == counted
@@ -181,7 +192,9 @@ every_read = pytest.mark.parametrize(
 def as_read(tokens: int, heads: int, groups: int, chunks: int, seed: int) -> AsRead:
     generator = torch.Generator().manual_seed(seed)
     shapes = (2, tokens, heads, 4), (2, chunks, groups, 4)
-    return AsRead(*(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes))
+    return AsRead(
+        *(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    )
 
 
 def any_order(tokens: int, chunks: int) -> Near:
@@ -192,8 +205,12 @@ def any_order(tokens: int, chunks: int) -> Near:
 NEARNESS: dict[str, Callable[[int, int], Near | None]] = {
     "all near": lambda tokens, chunks: None,
     "none near": lambda tokens, chunks: Near(torch.ones(1, tokens), torch.zeros(1, chunks)),
-    "rising": lambda tokens, chunks: Near(torch.arange(tokens)[None] - 11, torch.arange(chunks)[None] * 3),
-    "one row far": lambda tokens, chunks: Near(torch.tensor([[0], [9]]).expand(-1, tokens), torch.ones(2, chunks)),
+    "rising": lambda tokens, chunks: Near(
+        torch.arange(tokens)[None] - 11, torch.arange(chunks)[None] * 3
+    ),
+    "one row far": lambda tokens, chunks: Near(
+        torch.tensor([[0], [9]]).expand(-1, tokens), torch.ones(2, chunks)
+    ),
     "any order": any_order,
 }
 
@@ -245,7 +262,9 @@ def test_by_place_is_the_same_choice_in_order(
     near = as_read(tokens, heads, groups, chunks, 0)
     if scores is not None:
         monkeypatch.setattr(search, "SCORES", scores)
-    best, ordered = (retrieve_as_read(near, None, None, limits, by_place=each) for each in (False, True))
+    best, ordered = (
+        retrieve_as_read(near, None, None, limits, by_place=each) for each in (False, True)
+    )
     assert torch.equal(best.found.sum(-1), ordered.found.sum(-1))
     for ours, wanted in zip(*(each_choice(x) for x in (ordered, best)), strict=True):
         assert ours == sorted(wanted)
@@ -253,31 +272,42 @@ def test_by_place_is_the_same_choice_in_order(
 
 def each_choice(retrieved: Retrieved) -> list[list[int]]:
     """What each query of each group found, as it stands."""
-    pairs = zip(retrieved.chunk.flatten(0, 2).tolist(), retrieved.found.flatten(0, 2).tolist(), strict=True)
+    pairs = zip(
+        retrieved.chunk.flatten(0, 2).tolist(), retrieved.found.flatten(0, 2).tolist(), strict=True
+    )
     return [[j for j, there in zip(*pair, strict=True) if there] for pair in pairs]
 
 
 def test_by_keys_each_head_has_the_say_of_what_it_reads_in_chunks() -> None:
-    """Two heads: one reads its window alone, the other chunks; of equal ones the earlier is taken."""
+    """Two heads: one reads its window alone, the other chunks; of equal ones the earlier is
+    taken."""
     proposed = Retrieved(
-        torch.tensor([2, 5, 7, 9]).view(1, 1, 1, 4), torch.tensor([True, True, True, False]).view(1, 1, 1, 4)
+        torch.tensor([2, 5, 7, 9]).view(1, 1, 1, 4),
+        torch.tensor([True, True, True, False]).view(1, 1, 1, 4),
     )
-    sums = torch.tensor([[1.0, 4.0], [3.0, 1.0], [1.0, 4.0], [-torch.inf, -torch.inf]]).view(1, 1, 1, 4, 2)
+    sums = torch.tensor([[1.0, 4.0], [3.0, 1.0], [1.0, 4.0], [-torch.inf, -torch.inf]]).view(
+        1, 1, 1, 4, 2
+    )
     window = torch.tensor([50.0, 2.0]).view(1, 1, 2)
     assert best_by_keys(proposed, sums, window, 1).chunk.tolist() == [[[[2]]]]
     assert best_by_keys(proposed, sums, window, 2).chunk.flatten().tolist() == [2, 7]
     assert best_by_keys(proposed, sums, window.flip(-1), 1).chunk.tolist() == [[[[5]]]]
     assert best_by_keys(proposed, sums, window + 400, 1).chunk.tolist() == [[[[2]]]]
-    assert best_by_keys(proposed, sums, window.flip(-1) + 400, 1).chunk.tolist() == [[[[5]]]]  # in no head any share
+    assert best_by_keys(proposed, sums, window.flip(-1) + 400, 1).chunk.tolist() == [
+        [[[5]]]
+    ]  # in no head any share
     every = best_by_keys(proposed, sums, window, 4)
     assert every.found.flatten().tolist() == [True, True, True, False]
     assert sorted(every.chunk[every.found].tolist()) == [2, 5, 7]
-    none = best_by_keys(proposed._replace(found=proposed.found & False), sums - torch.inf, window, 2)
+    none = best_by_keys(
+        proposed._replace(found=proposed.found & False), sums - torch.inf, window, 2
+    )
     assert not none.found.any()
 
 
 def test_a_head_that_is_sure_outvotes_those_that_are_not() -> None:
-    """Two heads of a group: one wants chunk 1 alone, the other hesitates between 2 and 3, on a larger scale."""
+    """Two heads of a group: one wants chunk 1 alone, the other hesitates between 2 and 3, on a
+    larger scale."""
     keys = torch.eye(4).view(1, 4, 1, 4)
     q = torch.tensor([[0.0, 12.0, 0.0, 0.0], [0.0, 0.0, 20.0, 20.0]]).view(1, 1, 2, 4)
     limits, at = Limits(1, 0, 1), torch.tensor([[3]])
@@ -287,7 +317,14 @@ def test_a_head_that_is_sure_outvotes_those_that_are_not() -> None:
 
 @every_read
 def test_as_read_the_future_never_changes_an_earlier_selection(
-    tokens: int, heads: int, groups: int, chunk_size: int, window: int, top_k: int, sinks: int, banked: int
+    tokens: int,
+    heads: int,
+    groups: int,
+    chunk_size: int,
+    window: int,
+    top_k: int,
+    sinks: int,
+    banked: int,
 ) -> None:
     chunks, limits = banked + tokens // chunk_size, Limits(chunk_size, window, top_k, sinks, banked)
     near = as_read(tokens, heads, groups, chunks, 0)

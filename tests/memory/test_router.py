@@ -1,4 +1,5 @@
-"""The router: weights over what exists, exact zeros elsewhere, a gate that shuts exactly, float32 arithmetic."""
+"""The router: weights over what exists, exact zeros elsewhere, a gate that shuts exactly, float32
+arithmetic."""
 
 import pytest
 import torch
@@ -93,7 +94,9 @@ def test_training_starts_from_a_known_mix_for_every_token() -> None:
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_arithmetic_is_float32_under_autocast_and_with_half_weights(weights_dtype: torch.dtype) -> None:
+def test_arithmetic_is_float32_under_autocast_and_with_half_weights(
+    weights_dtype: torch.dtype,
+) -> None:
     made, q = router(weights_dtype), queries(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         weights = made.weights(q, exists(True, True, False))
@@ -147,7 +150,9 @@ def test_a_gate_below_0_is_shut_and_can_come_back(gate: float, factor: float) ->
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_biases_are_float32_under_autocast_and_with_half_weights(weights_dtype: torch.dtype) -> None:
+def test_biases_are_float32_under_autocast_and_with_half_weights(
+    weights_dtype: torch.dtype,
+) -> None:
     made, q = joint(weights_dtype), queries(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         biases = made.biases(q)

@@ -13,7 +13,9 @@ from mka.memory.session import LONGEST, SHORTEST, SessionAverage
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.001, 0.9999, "learned"])
-def test_a_constant_input_gives_the_constant_from_the_first_token_on(decay: float | Literal["learned"]) -> None:
+def test_a_constant_input_gives_the_constant_from_the_first_token_on(
+    decay: float | Literal["learned"],
+) -> None:
     x = torch.full((2, 200, 16), -2.5, dtype=torch.float64)
     close(SessionAverage(16, decay).double()(x), x)
 
@@ -37,7 +39,9 @@ def test_learned_time_constants_are_spread_geometrically(hidden_size: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_every_decay_lies_inside_zero_and_one_whatever_the_weights_are_kept_in(dtype: torch.dtype) -> None:
+def test_every_decay_lies_inside_zero_and_one_whatever_the_weights_are_kept_in(
+    dtype: torch.dtype,
+) -> None:
     session = SessionAverage(64, "learned").to(dtype)
     decay = session.decay(torch.zeros(1, 64, dtype=dtype))
     assert ((decay > 0) & (decay < 1)).all()
@@ -84,7 +88,9 @@ def test_a_fixed_decay_near_its_ends_can_be_carried_on(decay: float, dtype: torc
 
 def assert_carried_on(attn: CausalAttention, dtype: torch.dtype) -> None:
     x = rows(2, 33, dtype)
-    valid = torch.arange(33) >= torch.tensor([[0], [20]])  # a row without a token before the second call
+    valid = torch.arange(33) >= torch.tensor(
+        [[0], [20]]
+    )  # a row without a token before the second call
     whole = attn(x, valid=valid)[0]
     assert whole.isfinite().all()
     for cuts in ((12,), (5, 6, 30), range(1, 33)):

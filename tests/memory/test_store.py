@@ -1,4 +1,5 @@
-"""The long-term store: decoding gives what one call gives, wherever chunks are kept and however they are found."""
+"""The long-term store: decoding gives what one call gives, wherever chunks are kept and however
+they are found."""
 
 import os
 import subprocess
@@ -16,11 +17,11 @@ import checks
 from checks_state import SIDES, TOKENS, many_calls, padding
 from disks import files, full_at
 from mka.attention import CausalAttention
-from mka.config import STORES, LongTermConfig
-from mka.limits import InputError
+from mka.errors import InputError
 from mka.memory import disk
 from mka.memory import longterm as longterm_module
 from mka.memory.disk import DiskStore
+from mka.memory.options import STORES, LongTermConfig
 from mka.memory.places import LongTerm
 from mka.memory.state import State
 from mka.memory.store import Budget, MemoryStore, RecordForm, Store
@@ -40,13 +41,21 @@ def in_calls(
     attn: CausalAttention, x: Tensor, cuts: Sequence[int], state: State, valid: Tensor | None = None
 ) -> Tensor:
     parts = pairwise([0, *cuts, x.shape[1]])
-    outputs = [attn(x[:, a:b], valid=None if valid is None else valid[:, a:b], state=state)[0] for a, b in parts]
+    outputs = [
+        attn(x[:, a:b], valid=None if valid is None else valid[:, a:b], state=state)[0]
+        for a, b in parts
+    ]
     return torch.cat(outputs, dim=1)
 
 
 @pytest.mark.parametrize(
     ("kind", "variant"),
-    [(kind, variant) for kind in MEMORIES for variant in VARIANTS if kind == "mka" or variant not in checks.OF_MKA],
+    [
+        (kind, variant)
+        for kind in MEMORIES
+        for variant in VARIANTS
+        if kind == "mka" or variant not in checks.OF_MKA
+    ],
 )
 @pytest.mark.parametrize("store", PLACES)
 @pytest.mark.parametrize("side", SIDES)
@@ -75,7 +84,11 @@ def test_tiles_fetched_ahead_change_nothing(
 ) -> None:
     """A few queries to a tile; those of the next one are fetched by another thread."""
     attn, x, valid = checks.make(kind, "rotary"), checks.rows(3, TOKENS), padding(side, 3)
-    pairs = 3 * attn.num_kv_heads * 2 * 2 * 3 * attn.head_dim * 8 if kind == "mka" else 3 * 2 * attn.hidden_size * 8
+    pairs = (
+        3 * attn.num_kv_heads * 2 * 2 * 3 * attn.head_dim * 8
+        if kind == "mka"
+        else 3 * 2 * attn.hidden_size * 8
+    )
     monkeypatch.setattr(longterm_module, "TILE_BYTES", queries * pairs)
     state = attn.initial_state(3, longterm=longterm(store))
     checks.close(in_calls(attn, x, [20], state, valid), attn(x, valid=valid)[0])
@@ -130,7 +143,9 @@ def make_store(kind: str, rows: int = 1, budget: Budget | None = None) -> Store:
 
 
 def entries(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, FORM.groups, FORM.width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        count, FORM.groups, FORM.width, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.mark.parametrize("kind", ["host", "disk"])
@@ -141,7 +156,11 @@ def test_a_record_is_its_entries(kind: str, cuts: tuple[int, ...]) -> None:
         store.reserve(stop)
         for row in range(2):
             store.write(row, start, x[start:stop] + row)
-    row, chunk, group = torch.tensor([0, 1, 1, 0]), torch.tensor([5, 0, 2, 0]), torch.tensor([1, 0, 1, 0])
+    row, chunk, group = (
+        torch.tensor([0, 1, 1, 0]),
+        torch.tensor([5, 0, 2, 0]),
+        torch.tensor([1, 0, 1, 0]),
+    )
     found = store.read(row, chunk, group)
     for r, j, g, record in zip(row.tolist(), chunk.tolist(), group.tolist(), found, strict=True):
         assert torch.equal(record, x[3 * j : 3 * j + 3, g] + r)
@@ -165,7 +184,10 @@ def test_the_limit_is_that_of_all_stores_together(kind: str) -> None:
     budget = Budget(3 * FORM.chunk_bytes)
     first, second = make_store(kind, budget=budget), make_store(kind, budget=budget)
     first.reserve(6)
-    with pytest.raises(InputError, match=r"longterm_gib is .*; the long-term store holds 192 bytes and needs 192 more"):
+    with pytest.raises(
+        InputError,
+        match=r"longterm_gib is .*; the long-term store holds 192 bytes and needs 192 more",
+    ):
         second.reserve(6)
     second.reserve(3)
     assert budget.used == budget.limit
@@ -195,7 +217,8 @@ def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import os, sys, torch\n"
         "from mka.memory.disk import DiskStore\nfrom mka.memory.store import Budget, RecordForm\n"
-        "store = DiskStore(RecordForm(1, 2, 3, torch.float32), 1, Budget(), sys.argv[1]); store.reserve(99)\n"
+        "store = DiskStore(RecordForm(1, 2, 3, torch.float32), 1, Budget(), sys.argv[1]); "
+        "store.reserve(99)\n"
         "store.write(0, 0, torch.ones(99, 1, 3)); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
@@ -203,7 +226,9 @@ def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"longterm_folder is .*; it cannot hold the long-term store: No such file"):
+    with pytest.raises(
+        InputError, match=r"longterm_folder is .*; it cannot hold the long-term store: No such file"
+    ):
         DiskStore(FORM, 1, Budget(), str(tmp_path / "none"))
 
 
@@ -213,7 +238,10 @@ def test_a_full_disk_is_said_before_anything_changes(tmp_path: Path) -> None:
     whole = attn(x)[0]
     state = attn.initial_state(1, longterm=longterm(longterm_folder=str(tmp_path)))
     in_calls(attn, x[:, :12], [], state)
-    with full_at(1000), pytest.raises(InputError, match="cannot hold the long-term store: File too large"):
+    with (
+        full_at(1000),
+        pytest.raises(InputError, match="cannot hold the long-term store: File too large"),
+    ):
         in_calls(attn, x[:, 12:30], [], state)
     assert state.num_tokens.tolist() == [12]
     checks.close(in_calls(attn, x[:, 12:], [20], state), whole[:, 12:])

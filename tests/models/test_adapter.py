@@ -15,7 +15,11 @@ from mka.memory.state import State
 from mka.models import AttentionAdapter, build, build_model, gpt2_config
 
 CONFIG = gpt2_config(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=40
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=50,
+    max_position_embeddings=40,
 )
 TOKENS = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -42,7 +46,9 @@ class Running(CausalAttention):
 
 def test_any_mechanism_will_do() -> None:
     x = rows(2, 9)
-    y, weights = AttentionAdapter(Running())(x, attention_mask=None, cache_position=None, output_attentions=False)
+    y, weights = AttentionAdapter(Running())(
+        x, attention_mask=None, cache_position=None, output_attentions=False
+    )
     assert torch.equal(y, x.cumsum(1))
     assert weights is None
 
@@ -96,7 +102,10 @@ def test_padding_is_no_document(kind: str) -> None:
     """Whatever position it has."""
     model, ids = make_model("llama", kind), tokens(2, 9)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]])
-    for padded in ((mask.cumsum(1) - 1).clamp(min=0), (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)):
+    for padded in (
+        (mask.cumsum(1) - 1).clamp(min=0),
+        (mask.cumsum(1) - 1).masked_fill(mask == 0, 1),
+    ):
         output = model(ids, attention_mask=mask, position_ids=padded)
         assert output.past_key_values.get_seq_length() == 9
 
@@ -105,5 +114,7 @@ def test_blocks_that_are_not_numbered_from_zero_are_refused() -> None:
     model = make_model("llama", "gqa")
     del model.model.layers[0]
     model.config.num_hidden_layers = 1
-    with pytest.raises(ValueError, match=r"the blocks are numbered \[1\], and a cache counts them from 0"):
+    with pytest.raises(
+        ValueError, match=r"the layers are numbered \[1\], and a cache counts them from 0"
+    ):
         model(tokens(1, 5), use_cache=True)

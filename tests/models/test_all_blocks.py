@@ -1,4 +1,5 @@
-"""The blocks of a model keep one cache: a call is read by all of them, or nobody goes on with it unawares."""
+"""The blocks of a model keep one cache: a call is read by all of them, or nobody goes on with it
+unawares."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import torch
 import checks
 import disks
 from checks_models import make_model, tokens
-from mka.config import LongTermConfig
-from mka.limits import InputError
+from mka.errors import InputError
 from mka.memory.bank import Bank
+from mka.memory.options import LongTermConfig
 from mka.models import fingerprint, mechanisms, memory_cache, read_in_pieces, states
 
 MEMORIES = ("mka", "fmka")
@@ -25,7 +26,11 @@ def lengths(cache: Any) -> set[int]:
 def bytes_of(model: Any, num_tokens: int) -> int:
     """What the stores of all blocks take for one row."""
     config = LongTermConfig(longterm_store="host")
-    kept = [state for attn in mechanisms(model) for state in [attn.initial_state(1, longterm=where(config))]]
+    kept = [
+        state
+        for attn in mechanisms(model)
+        for state in [attn.initial_state(1, longterm=where(config))]
+    ]
     return sum(
         records.form.chunks(num_tokens // state.entries[name].every) * records.form.chunk_bytes
         for state in kept
@@ -67,14 +72,20 @@ def test_a_budget_that_ends_in_the_first_call(kind: str) -> None:
     with pytest.raises(InputError, match="longterm_gib"):
         model(ids, past_key_values=cache)
     assert lengths(cache) == {0}
-    checks.close(model(ids[:, :9], past_key_values=cache).logits, model(ids[:, :9], use_cache=False).logits)
+    checks.close(
+        model(ids[:, :9], past_key_values=cache).logits, model(ids[:, :9], use_cache=False).logits
+    )
 
 
 @pytest.mark.parametrize("name", ["mka", "fmka"])
 @torch.no_grad()
-def test_a_disk_that_fills_up_in_the_middle(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_in_the_middle(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, ids = make_model("llama", name, dtype=torch.float64), tokens(1, 40)
-    cache = memory_cache(model, LongTermConfig(longterm_store="disk", longterm_folder=str(tmp_path)))
+    cache = memory_cache(
+        model, LongTermConfig(longterm_store="disk", longterm_folder=str(tmp_path))
+    )
     parts = [model(ids[:, :20], past_key_values=cache).logits]
     with monkeypatch.context() as patch:
         disks.full_after(patch, 1)  # room for the first of the files that grow, in the first block
@@ -103,7 +114,9 @@ def test_a_torn_cache_is_refused(kind: str, seen: int) -> None:
         model(ids[:, seen:], past_key_values=cache)
     hook.remove()
     for _ in range(2):
-        with pytest.raises(InputError, match=rf"is torn.* block 0 had seen 2\d tokens and block 1 had seen {seen};"):
+        with pytest.raises(
+            InputError, match=rf"is torn.* layer 0 had seen 2\d tokens and layer 1 had seen {seen};"
+        ):
             model(ids[:, :3], past_key_values=cache)
 
 

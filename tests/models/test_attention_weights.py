@@ -32,7 +32,8 @@ def masked(side: str, ids: Tensor) -> tuple[dict[str, Any], Tensor]:
 @sides
 @torch.no_grad()
 def test_values_weighted_so_give_what_the_block_gave(kind: str, backbone: str, side: str) -> None:
-    """The weights, times the values seen on their way, are the heads that reach the output projection."""
+    """The weights, times the values seen on their way, are the heads that reach the output
+    projection."""
     model, ids = make_model(backbone, kind, dtype=torch.float64), tokens(3, TOKENS)
     more, kept = masked(side, ids)
     seen: list[Tensor] = []
@@ -45,7 +46,9 @@ def test_values_weighted_so_give_what_the_block_gave(kind: str, backbone: str, s
     output = model(ids, output_attentions=True, use_cache=False, **more)
     for hook in hooks:
         hook.remove()
-    v, o = (x.unflatten(-1, (-1, last.head_dim)) for x in seen)  # valid tokens first, as mechanisms see them
+    v, o = (
+        x.unflatten(-1, (-1, last.head_dim)) for x in seen
+    )  # valid tokens first, as mechanisms see them
     v = v.repeat_interleave(last.num_heads // v.shape[2], dim=2)
     assert len(output.attentions) == len(mechanisms(model))
     for row in range(3):
@@ -60,7 +63,9 @@ def test_values_weighted_so_give_what_the_block_gave(kind: str, backbone: str, s
 @two_backbones
 @sides
 @torch.no_grad()
-def test_weights_of_calls_are_rows_of_those_of_one_call(kind: str, backbone: str, side: str) -> None:
+def test_weights_of_calls_are_rows_of_those_of_one_call(
+    kind: str, backbone: str, side: str
+) -> None:
     model, ids = make_model(backbone, kind, dtype=torch.float64), tokens(3, TOKENS)
     more, kept = masked(side, ids)
     whole = model(ids, output_attentions=True, use_cache=False, **more).attentions
@@ -72,7 +77,10 @@ def test_weights_of_calls_are_rows_of_those_of_one_call(kind: str, backbone: str
         output = model(ids[:, start:stop], past_key_values=cache, output_attentions=True, **part)
         for weights, all_weights in zip(output.attentions, whole, strict=True):
             rows = kept[:, start:stop]
-            checks.close(weights.transpose(1, 2)[rows], all_weights[:, :, start:stop, :stop].transpose(1, 2)[rows])
+            checks.close(
+                weights.transpose(1, 2)[rows],
+                all_weights[:, :, start:stop, :stop].transpose(1, 2)[rows],
+            )
         cache, start = output.past_key_values, stop
 
 
@@ -83,7 +91,9 @@ def test_they_are_those_of_transformers(backbone: str) -> None:
     original = shake(ORIGINALS[backbone]._from_config(config, attn_implementation="eager"), 0.1)
     ids = tokens(2, TOKENS)
     expected = original(ids, output_attentions=True).attentions
-    shown = convert(original, "mha" if backbone == "gpt2" else "gqa")(ids, output_attentions=True).attentions
+    shown = convert(original, "mha" if backbone == "gpt2" else "gqa")(
+        ids, output_attentions=True
+    ).attentions
     for ours, theirs in zip(shown, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
@@ -91,7 +101,11 @@ def test_they_are_those_of_transformers(backbone: str) -> None:
 @having
 def test_generate_returns_them_for_every_token(kind: str) -> None:
     model, ids = make_model("llama", kind), tokens(2, 7)
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True}
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": 4,
+        "return_dict_in_generate": True,
+    }
     output = model.generate(ids, output_attentions=True, **options)
     assert [tuple(step[0].shape) for step in output.attentions] == [
         (2, 4, 7, 7),
@@ -110,7 +124,9 @@ def test_a_tuple_where_one_is_asked_for() -> None:
 
 def test_mka_says_that_it_has_none() -> None:
     model, ids = make_model("gpt2", "mka"), tokens(1, 5)
-    with pytest.raises(ValueError, match="output_attentions is True; mka has no such weights: it mixes three"):
+    with pytest.raises(
+        ValueError, match="output_attentions is True; mka has no such weights: it mixes three"
+    ):
         model(ids, output_attentions=True)
     assert model(ids, output_hidden_states=True).hidden_states is not None
 
@@ -126,5 +142,7 @@ def test_a_compiled_model_gives_them_too() -> None:
     model, ids = make_model("gpt2", "gqa"), tokens(1, 5)
     expected = model(ids, output_attentions=True, use_cache=False).attentions
     compiled = torch.compile(model, backend="eager")
-    for weights, again in zip(expected, compiled(ids, output_attentions=True, use_cache=False).attentions, strict=True):
+    for weights, again in zip(
+        expected, compiled(ids, output_attentions=True, use_cache=False).attentions, strict=True
+    ):
         checks.close(again, weights)

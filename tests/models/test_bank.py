@@ -1,4 +1,5 @@
-"""A bank remembers what stood in the context: the same chunks for the same queries, and the same read from them."""
+"""A bank remembers what stood in the context: the same chunks for the same queries, and the same
+read from them."""
 
 import shutil
 from itertools import pairwise
@@ -13,11 +14,11 @@ import checks
 from checks_models import make_model, tokens
 from mka.attention.fmka import FastMemoryKeyedAttention
 from mka.attention.mka import TOKENS
-from mka.config import LongTermConfig
-from mka.limits import InputError
+from mka.errors import InputError
 from mka.memory.bank import Bank, Pieces, file_name, kept_stores
 from mka.memory.held import Chunks, Meeting, attend_held
 from mka.memory.longterm import read_summaries
+from mka.memory.options import LongTermConfig
 from mka.memory.search import AsRead, retrieve, retrieve_as_read
 from mka.memory.state import State
 from mka.models import fingerprint, mechanisms, memory_cache, read_in_pieces, states
@@ -38,12 +39,15 @@ def fill(folder: Path, model: Any, documents: list[Tensor]) -> Bank:
 
 
 def read_from(attn: Any, state: State, q: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The chunks of some query vectors at token indices t, and what is read from them, all of them far away."""
+    """The chunks of some query vectors at token indices t, and what is read from them, all of them
+    far away."""
     limits = attn.limits(state)
     if isinstance(attn, FastMemoryKeyedAttention):
         keys = state.all("index_key")
         retrieved = retrieve(q, keys.unsqueeze(2), limits, t)
-        means = state.records("chunk_mean") if state.is_apart("chunk_mean") else state.all("chunk_mean")
+        means = (
+            state.records("chunk_mean") if state.is_apart("chunk_mean") else state.all("chunk_mean")
+        )
         return retrieved.chunk, read_summaries(q[:, :, 0], keys, means, retrieved)
     retrieved = retrieve_as_read(AsRead(q, state.all("far_mean")), None, None, limits, t)
     keys, values = (state.records(x) if state.is_apart(x) else state.all(x) for x in TOKENS)
@@ -53,14 +57,17 @@ def read_from(attn: Any, state: State, q: Tensor, t: Tensor) -> tuple[Tensor, Te
     def turn(k: Tensor, row: Tensor, chunk: Tensor) -> Tensor:
         return attn.turned(k.unsqueeze(2), -places[row, chunk].unsqueeze(1)).squeeze(2)
 
-    return retrieved.chunk, attend_held(Meeting(q, retrieved, turn), chunks, attn.chunk_size, 0).values
+    return retrieved.chunk, attend_held(
+        Meeting(q, retrieved, turn), chunks, attn.chunk_size, 0
+    ).values
 
 
 @pytest.mark.parametrize("kind", MEMORIES)
 @pytest.mark.parametrize("store", ["device", "host", "disk"])
 @torch.no_grad()
 def test_a_bank_is_the_text_outside_the_window(kind: str, store: Any, tmp_path: Path) -> None:
-    """Layer by layer, for any query vectors: against the state of a model that has just read the document."""
+    """Layer by layer, for any query vectors: against the state of a model that has just read the
+    document."""
     model, ids = make_model("llama", kind, dtype=torch.float64, sink_tokens=0), tokens(1, 39)
     bank = fill(tmp_path / "bank", model, [ids])
     here = memory_cache(model)
@@ -99,7 +106,9 @@ def test_documents_follow_each_other(kind: str, tmp_path: Path) -> None:
             for j, record in zip(chunk.tolist(), found, strict=True):
                 number = next(n for n, (a, b) in enumerate(pairwise(starts)) if a <= j < b)
                 own = torch.tensor([j - starts[number]])
-                assert torch.equal(record, parts[number][layer].records[name].read(own * 0, own, own * 0)[0])
+                assert torch.equal(
+                    record, parts[number][layer].records[name].read(own * 0, own, own * 0)[0]
+                )
 
 
 @pytest.mark.parametrize("kind", MEMORIES)
@@ -130,16 +139,22 @@ def test_another_models_bank_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_document_knows_whose_it_is(tmp_path: Path) -> None:
-    """One of another model's bank, and one under another identity: both are damaged, whatever their checksums say."""
+    """One of another model's bank, and one under another identity: both are damaged, whatever their
+    checksums say."""
     ours, other = make_model("llama", "mka"), make_model("llama", "mka", top_k=1)
-    banks = [fill(tmp_path / name, model, [tokens(1, 20)]) for name, model in (("ours", ours), ("other", other))]
+    banks = [
+        fill(tmp_path / name, model, [tokens(1, 20)])
+        for name, model in (("ours", ours), ("other", other))
+    ]
     (document,), (foreign,) = (bank.documents() for bank in banks)
     shutil.rmtree(document.folder)
     shutil.copytree(foreign.folder, document.folder)
     with pytest.raises(InputError, match="is damaged: it is of another model"):
         banks[0].documents()
     foreign.folder.rename(foreign.folder.with_name("0123456789abcdef"))
-    with pytest.raises(InputError, match=rf"is damaged: it is {foreign.folder.name} under another name"):
+    with pytest.raises(
+        InputError, match=rf"is damaged: it is {foreign.folder.name} under another name"
+    ):
         banks[1].documents()
 
 
@@ -152,7 +167,11 @@ def test_what_a_layer_keeps(tmp_path: Path) -> None:
             state = mechanisms(make_model("llama", kind, windowed))[0].initial_state(1)
             assert set(kept_stores(state)) == names
     assert file_name(7, "k") == "007.k"
-    assert Pieces([], [], state_form()).read(torch.empty(0).long(), torch.empty(0).long(), torch.empty(0).long()).shape
+    assert (
+        Pieces([], [], state_form())
+        .read(torch.empty(0).long(), torch.empty(0).long(), torch.empty(0).long())
+        .shape
+    )
 
 
 def state_form() -> Any:

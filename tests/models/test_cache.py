@@ -17,8 +17,11 @@ two_backbones = pytest.mark.parametrize("backbone", TWO_BACKBONES)
 
 
 @torch.no_grad()
-def in_calls(model: Any, ids: torch.Tensor, cuts: Any, mask: torch.Tensor | None, cache: Any = None) -> Any:
-    """Logits of several calls side by side, and the cache; with a mask, positions that count each row's tokens."""
+def in_calls(
+    model: Any, ids: torch.Tensor, cuts: Any, mask: torch.Tensor | None, cache: Any = None
+) -> Any:
+    """Logits of several calls side by side, and the cache; with a mask, positions that count each
+    row's tokens."""
     start, logits = 0, []
     before = 0 if cache is None else cache.get_seq_length()
     for stop in [*cuts, ids.shape[1]]:
@@ -39,11 +42,21 @@ def in_calls(model: Any, ids: torch.Tensor, cuts: Any, mask: torch.Tensor | None
 @two_backbones
 @pytest.mark.parametrize("windowed", [True, False], ids=["window", "no window"])
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
-def test_splits_change_nothing(kind: str, backbone: str, windowed: bool, side: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
+def test_splits_change_nothing(
+    kind: str, backbone: str, windowed: bool, side: str, dtype: torch.dtype
+) -> None:
     """In float32 every chunk is retrieved, so that rounding cannot choose another."""
-    changes: dict[str, Any] = {"top_k": 100} if kind in ("mka", "fmka") and dtype == torch.float32 else {}
-    model, ids, mask = make_model(backbone, kind, windowed, dtype, **changes), tokens(3, TOKENS), padding(side, 3)
+    changes: dict[str, Any] = (
+        {"top_k": 100} if kind in ("mka", "fmka") and dtype == torch.float32 else {}
+    )
+    model, ids, mask = (
+        make_model(backbone, kind, windowed, dtype, **changes),
+        tokens(3, TOKENS),
+        padding(side, 3),
+    )
     whole, _ = in_calls(model, ids, (), mask)
     kept = torch.ones(3, TOKENS, dtype=torch.bool) if mask is None else mask
     for cuts in [*two_calls(), *many_calls()]:
@@ -66,10 +79,16 @@ def test_every_backbone_in_calls(kind: str, backbone: str) -> None:
 
 @every_kind
 def test_crop_takes_columns_back_padding_included(kind: str) -> None:
-    model, ids, mask = make_model("llama", kind, dtype=torch.float64), tokens(3, TOKENS), padding("interior", 3)
+    model, ids, mask = (
+        make_model("llama", kind, dtype=torch.float64),
+        tokens(3, TOKENS),
+        padding("interior", 3),
+    )
     assert mask is not None
     whole, _ = in_calls(model, ids, (), mask)
-    _, cache = in_calls(model, torch.cat([ids[:, :20], tokens(3, 13, seed=4)], dim=1), (9, 15), mask)
+    _, cache = in_calls(
+        model, torch.cat([ids[:, :20], tokens(3, 13, seed=4)], dim=1), (9, 15), mask
+    )
     cache.crop(-13)
     assert cache.get_seq_length() == 20
     assert states(cache)[0].num_tokens.tolist() == mask[:, :20].sum(1).tolist()
@@ -118,7 +137,7 @@ def test_a_cache_of_another_model_is_refused() -> None:
     _, ours = in_calls(model, ids, (), None)
     with pytest.raises(TypeError, match=r"belongs to a model of mka\.models"):
         theirs(ids, use_cache=True, **{CACHE_ARGUMENT: ours})
-    with pytest.raises(ValueError, match="the state is one of GroupedQueryAttention"):
+    with pytest.raises(ValueError, match="the state belongs to GroupedQueryAttention"):
         make_model("gpt2", "fmka")(ids, past_key_values=ours, use_cache=True)
     with pytest.raises(ValueError, match="holds 1 rows; x has 2"):
         model(tokens(2, 5), past_key_values=ours, use_cache=True)
@@ -132,5 +151,7 @@ def test_a_cache_made_without_a_configuration_will_do() -> None:
 
 
 def test_a_mask_of_another_form_is_refused() -> None:
-    with pytest.raises(ValueError, match="it must be \\(rows, columns\\), zeros at padding, with 2 rows"):
+    with pytest.raises(
+        ValueError, match="it must be \\(rows, columns\\), zeros at padding, with 2 rows"
+    ):
         make_model("gpt2", "mha")(tokens(2, 5), attention_mask=torch.ones(2, 1, 5, 5))

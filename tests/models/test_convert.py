@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import checks
 from checks_models import BACKBONES, LLAMA, TOKEN_IDS, shake, tokens
@@ -51,7 +57,9 @@ def test_within_the_window_a_memory_changes_nothing(backbone: str, kind: str) ->
     checks.close(logits(converted, short), logits(model, short))
     longer = tokens(2, 60)
     same = torch.allclose(logits(converted, longer), logits(model, longer), atol=1e-4)
-    assert same == (backbone in OWN_WINDOW and kind == "fmka")  # beyond the window it sees other tokens
+    assert same == (
+        backbone in OWN_WINDOW and kind == "fmka"
+    )  # beyond the window it sees other tokens
 
 
 @every_backbone
@@ -59,7 +67,9 @@ def test_with_everything_retrieved_it_is_the_pretrained_model_at_any_length(back
     """But for a backbone with a window of its own: there it sees more."""
     model, ids = pretrained(backbone), tokens(2, 60)
     converted = convert(model, "mka", local_window=9, chunk_size=4, top_k=60)
-    assert torch.allclose(logits(converted, ids), logits(model, ids), atol=1e-5) == (backbone not in OWN_WINDOW)
+    assert torch.allclose(logits(converted, ids), logits(model, ids), atol=1e-5) == (
+        backbone not in OWN_WINDOW
+    )
 
 
 def test_the_distance_that_a_model_was_made_for_bounds_its_memory() -> None:
@@ -68,14 +78,19 @@ def test_the_distance_that_a_model_was_made_for_bounds_its_memory() -> None:
     attn = mechanisms(convert(model, "mka", local_window=9, chunk_size=4))[0]
     assert attn.max_distance == limit
     assert mechanisms(convert(model, "gqa", local_window=9))[0].max_distance == limit
-    assert mechanisms(convert(model, "mka", local_window=limit, chunk_size=4))[0].max_distance is None
+    assert (
+        mechanisms(convert(model, "mka", local_window=limit, chunk_size=4))[0].max_distance is None
+    )
     assert mechanisms(convert(pretrained("gpt2"), "mka", local_window=9))[0].max_distance is None
 
 
 @pytest.mark.parametrize("kind", ["mka", "fmka"])
 @pytest.mark.parametrize("backbone", ["gpt2", "llama", "qwen3"])
-def test_the_gate_learns_from_the_first_step_and_everything_behind_it_from_the_third(backbone: str, kind: str) -> None:
-    """The gate at 0 hides the memories and the router; the router's output at 0 hides its hidden layer."""
+def test_the_gate_learns_from_the_first_step_and_everything_behind_it_from_the_third(
+    backbone: str, kind: str
+) -> None:
+    """The gate at 0 hides the memories and the router; the router's output at 0 hides its hidden
+    layer."""
     converted = convert(pretrained(backbone), kind, local_window=8, chunk_size=4, top_k=2).train()
     optimizer = torch.optim.AdamW(converted.parameters(), lr=1e-2)
     gates = [module.gate for module in converted.modules() if isinstance(module, Router)]
@@ -88,7 +103,9 @@ def test_the_gate_learns_from_the_first_step_and_everything_behind_it_from_the_t
         optimizer.step()
     idle = [name for name, p in converted.named_parameters() if p.grad is None or not p.grad.any()]
     shut = () if kind == "fmka" else ("decay_logit",)  # of a session whose gate has moved below 0
-    assert not [name for name in idle if not name.endswith(("k_proj.bias", *shut))]  # softmax has no gradient for it
+    assert not [
+        name for name in idle if not name.endswith(("k_proj.bias", *shut))
+    ]  # softmax has no gradient for it
 
 
 def test_fewer_groups_are_averages() -> None:
@@ -103,7 +120,9 @@ def test_fewer_groups_are_averages() -> None:
 def test_what_was_converted_can_be_converted_on() -> None:
     model, ids = pretrained("mistral"), tokens(1, LENGTH)
     checks.close(logits(convert(convert(model, "gqa"), "mha"), ids), logits(model, ids))
-    checks.close(logits(convert(convert(model, "fmka", local_window=9), "gqa"), ids), logits(model, ids))
+    checks.close(
+        logits(convert(convert(model, "fmka", local_window=9), "gqa"), ids), logits(model, ids)
+    )
     refused("model holds MultiHeadLatentAttention", build_model(BACKBONES["llama"], "mla"))
 
 
@@ -133,15 +152,34 @@ def refused(message: str, model: Any, kind: str = "fmka", **options: Any) -> Non
 
 
 def test_what_cannot_be_converted_is_said_in_one_line() -> None:
-    neox = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
+    neox = GPTNeoXForCausalLM(
+        GPTNeoXConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    )
     refused("model_type is 'gpt_neox'; allowed: gpt2, llama, mistral, qwen2, qwen3", neox)
-    refused("attention is 'mla'; a pretrained model can become: mha, mqa, gqa, mka, fmka", pretrained("llama"), "mla")
-    refused("num_kv_heads is 4; it must divide the model's 3|num_kv_heads is 4", three_groups(), "gqa", num_kv_heads=4)
+    refused(
+        "attention is 'mla'; a pretrained model can become: mha, mqa, gqa, mka, fmka",
+        pretrained("llama"),
+        "mla",
+    )
+    refused(
+        "num_kv_heads is 4; it must divide the model's 3|num_kv_heads is 4",
+        three_groups(),
+        "gqa",
+        num_kv_heads=4,
+    )
     refused("fmka has no option 'windw'; .*nearest: 'local_window'", pretrained("gpt2"), windw=3)
-    refused("max_distance is 90; gpt2 has no rotary positions", pretrained("gpt2"), local_window=8, max_distance=90)
+    refused(
+        "max_distance is 90; gpt2 has no rotary positions",
+        pretrained("gpt2"),
+        local_window=8,
+        max_distance=90,
+    )
     refused("bias is decided by the backbone's configuration", pretrained("gpt2"), bias=True)
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    refused("rope_type is 'dynamic'", LlamaForCausalLM(LlamaConfig(**LLAMA, **TOKEN_IDS, rope_parameters=rope)))
+    refused(
+        "rope_type is 'dynamic'",
+        LlamaForCausalLM(LlamaConfig(**LLAMA, **TOKEN_IDS, rope_parameters=rope)),
+    )
     config: Any = deepcopy(BACKBONES["gpt2"])
     config.scale_attn_by_inverse_layer_idx = True
     refused("scale_attn_by_inverse_layer_idx is True", AutoModelForCausalLM.from_config(config))
@@ -152,10 +190,17 @@ def three_groups() -> Any:
     return LlamaForCausalLM(LlamaConfig(**sizes, **TOKEN_IDS))
 
 
-@pytest.mark.parametrize("name", ["local_window", "sink_tokens", "chunk_size", "top_k", "max_distance", "num_kv_heads"])
+@pytest.mark.parametrize(
+    "name", ["local_window", "sink_tokens", "chunk_size", "top_k", "max_distance", "num_kv_heads"]
+)
 @pytest.mark.parametrize("value", ["big", 2.5, True])
 def test_what_counts_is_a_whole_number(name: str, value: Any) -> None:
-    refused(f"{name} is {value!r}; it must be a whole number", pretrained("llama"), "mka", **{name: value})
+    refused(
+        f"{name} is {value!r}; it must be a whole number",
+        pretrained("llama"),
+        "mka",
+        **{name: value},
+    )
 
 
 def test_an_unknown_option_is_told_of_all_that_there_are() -> None:

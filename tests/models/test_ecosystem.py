@@ -18,11 +18,15 @@ every_kind = pytest.mark.parametrize("kind", ATTENTION_TYPES)
 two_backbones = pytest.mark.parametrize("backbone", TWO_BACKBONES)
 
 
-def loss_and_gradients(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: Any, ids: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @every_kind
@@ -117,8 +121,11 @@ def test_peft_lora_on_the_projections(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["fmka", "mla"])
-def test_lm_eval_on_a_saved_folder(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An offline task of our own, through lm-eval's hf class: a model that has learned it answers right."""
+def test_lm_eval_on_a_saved_folder(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An offline task of our own, through lm-eval's hf class: a model that has learned it answers
+    right."""
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
     from transformers import LlamaConfig
@@ -127,13 +134,18 @@ def test_lm_eval_on_a_saved_folder(kind: str, tmp_path: Path, monkeypatch: pytes
     from mka.data import load_tokenizer
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    questions = [{"text": f"the letter {a} is followed by", "answer": f" {b}"} for a, b in ["ab", "bc", "cd", "de"]]
+    questions = [
+        {"text": f"the letter {a} is followed by", "answer": f" {b}"}
+        for a, b in ["ab", "bc", "cd", "de"]
+    ]
     data, task = tmp_path / "data.jsonl", tmp_path / "tasks" / "letters.yaml"
     data.write_text("\n".join(json.dumps(question) for question in questions))
     task.parent.mkdir()
     task.write_text(
-        f"task: letters\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {data}}}\ntest_split: test\n"
-        "output_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_choice: [' a', ' b', ' c', ' d', ' e']\n"
+        f"task: letters\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: "
+        f"{data}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_choice: [' a', ' b', ' "
+        "c', ' d', ' e']\n"
         "doc_to_target: '{{answer}}'\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n"
     )
     tokenizer = load_tokenizer("bpe", [q["text"] + q["answer"] for q in questions] * 9, 300)
@@ -151,7 +163,10 @@ def test_lm_eval_on_a_saved_folder(kind: str, tmp_path: Path, monkeypatch: pytes
     arguments = {"pretrained": str(folder), "dtype": "float32", "device": "cpu"}
     evaluate: Any = evaluator.simple_evaluate
     done = evaluate(
-        model="hf", model_args=arguments, tasks=["letters"], task_manager=TaskManager(include_path=str(task.parent))
+        model="hf",
+        model_args=arguments,
+        tasks=["letters"],
+        task_manager=TaskManager(include_path=str(task.parent)),
     )
     assert done["results"]["letters"]["acc,none"] == 1.0
 

@@ -1,4 +1,5 @@
-"""Everything that decides what a model makes of a text is in its fingerprint, and nothing that does not."""
+"""Everything that decides what a model makes of a text is in its fingerprint, and nothing that does
+not."""
 
 import json
 from copy import deepcopy
@@ -40,7 +41,11 @@ def test_every_field_counts_but_those_that_are_named(backbone: str) -> None:
         def to_dict(self) -> dict[str, Any]:
             return deepcopy(self.values)
 
-    counted = {name for name, value in values.items() if deciding(Changed(**{name: other(value)})) != before}
+    counted = {
+        name
+        for name, value in values.items()
+        if deciding(Changed(**{name: other(value)})) != before
+    }
     assert values.keys() - counted == values.keys() & IRRELEVANT
     activation = "hidden_activation" if backbone == "gemma3" else "hidden_act"
     assert {"rope_parameters", "rms_norm_eps", activation} <= counted or backbone == "gpt2"
@@ -62,7 +67,9 @@ def test_the_same_weights_with_other_settings_are_another_model(field: str, tmp_
     model.save_pretrained(tmp_path)
     options = model.config.attention_options | {"longterm_positions": "none"}
     changes = CHANGES | {"attention_options": options, "learned_gate": True}
-    changed = {"rope_parameters": LLAMA3_ROPE} if field == "rope scaling" else {field: changes[field]}
+    changed = (
+        {"rope_parameters": LLAMA3_ROPE} if field == "rope scaling" else {field: changes[field]}
+    )
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     assert fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path)) != fingerprint(model)

@@ -33,20 +33,29 @@ def test_greedy(kind: str, backbone: str, chunked: int | None) -> None:
 @every_kind
 @two_backbones
 def test_left_padding(kind: str, backbone: str) -> None:
-    model, prompts = make_model(backbone, kind, dtype=torch.float64), [tokens(1, 11), tokens(1, 4, seed=3)]
-    padded = torch.cat([prompts[0], torch.cat([torch.zeros(1, 7, dtype=torch.long), prompts[1]], dim=1)])
+    model, prompts = (
+        make_model(backbone, kind, dtype=torch.float64),
+        [tokens(1, 11), tokens(1, 4, seed=3)],
+    )
+    padded = torch.cat(
+        [prompts[0], torch.cat([torch.zeros(1, 7, dtype=torch.long), prompts[1]], dim=1)]
+    )
     mask = torch.ones_like(padded)
     mask[1, :7] = 0
     given = generate(model, padded, attention_mask=mask)
     for row, prompt in enumerate(prompts):
-        assert torch.equal(given[row, 11:], greedy_without_cache(model, prompt, NEW)[0, prompt.shape[1] :])
+        assert torch.equal(
+            given[row, 11:], greedy_without_cache(model, prompt, NEW)[0, prompt.shape[1] :]
+        )
 
 
 @every_kind
 @two_backbones
 def test_beam_search(kind: str, backbone: str) -> None:
     model, prompt = make_model(backbone, kind, dtype=torch.float64), tokens(2, 9)
-    with_cache, without = (generate(model, prompt, num_beams=3, use_cache=cached) for cached in (True, False))
+    with_cache, without = (
+        generate(model, prompt, num_beams=3, use_cache=cached) for cached in (True, False)
+    )
     assert torch.equal(with_cache, without)
 
 
@@ -56,7 +65,11 @@ def test_sampling(kind: str, backbone: str) -> None:
     model, prompt, drawn = make_model(backbone, kind, dtype=torch.float64), tokens(2, 9), []
     for cached in (True, False):
         torch.manual_seed(3)
-        drawn.append(generate(model, prompt, do_sample=True, top_k=5, num_return_sequences=2, use_cache=cached))
+        drawn.append(
+            generate(
+                model, prompt, do_sample=True, top_k=5, num_return_sequences=2, use_cache=cached
+            )
+        )
     assert torch.equal(*drawn)
     assert not torch.equal(drawn[0][0], drawn[0][1])
 
@@ -70,8 +83,12 @@ def test_assisted_decoding(kind: str, backbone: str) -> None:
         make_model(backbone, "gqa", dtype=torch.float64),
         tokens(1, 11),
     )
-    assert torch.equal(generate(model, prompt, assistant_model=draft), greedy_without_cache(model, prompt, NEW))
-    assert torch.equal(generate(draft, prompt, assistant_model=model), greedy_without_cache(draft, prompt, NEW))
+    assert torch.equal(
+        generate(model, prompt, assistant_model=draft), greedy_without_cache(model, prompt, NEW)
+    )
+    assert torch.equal(
+        generate(draft, prompt, assistant_model=model), greedy_without_cache(draft, prompt, NEW)
+    )
 
 
 @every_kind
@@ -82,7 +99,8 @@ def test_several_turns_with_the_returned_cache(kind: str, backbone: str) -> None
         row = torch.cat([row, tokens(1, 4, seed=turn + 10)], dim=1)
         wanted = greedy_without_cache(model, row, 7)
         told = {"past_key_values": cache, "return_dict_in_generate": True, "max_new_tokens": 7}
-        # Without a mask transformers takes every 0 for padding, those that the model has said included.
+        # Without a mask transformers takes every 0 for padding, those that the model has said
+        # included.
         given = generate(model, row, attention_mask=torch.ones_like(row), **told)
         row, cache = given.sequences, given.past_key_values
         assert torch.equal(row, wanted)
@@ -92,7 +110,9 @@ def test_several_turns_with_the_returned_cache(kind: str, backbone: str) -> None
 @every_kind
 def test_what_is_kept_does_not_depend_on_how_it_was_reached(kind: str) -> None:
     model, prompt = make_model("gpt2", kind, dtype=torch.float64), tokens(1, 11)
-    given = generate(model, prompt, return_dict_in_generate=True, assistant_model=make_model("gpt2", "mha"))
+    given = generate(
+        model, prompt, return_dict_in_generate=True, assistant_model=make_model("gpt2", "mha")
+    )
     held = given.past_key_values
     for state, attention in zip(states(held), mechanisms(model), strict=True):
         assert state.nbytes == attention.state_nbytes(1, held.get_seq_length(), reversible=64)

@@ -24,7 +24,11 @@ def expected_std(name: str) -> float:
 @every_kind
 def test_weights_are_normal_and_residual_projections_scaled(kind: str) -> None:
     model = build_model(CONFIG, kind)
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and "router.output" not in name}
+    matrices = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and "router.output" not in name
+    }
     assert len(matrices) >= 2 + 3 * (2 + 4)
     for name, weight in matrices.items():
         # The standard error of a standard deviation of n numbers is std / sqrt(2 n): six of them.
@@ -45,7 +49,9 @@ def test_biases_are_zero_and_norms_one(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mka", "fmka"])
 def test_the_router_starts_from_its_bias_alone(kind: str) -> None:
-    routers = [module for module in build_model(CONFIG, kind).modules() if isinstance(module, Router)]
+    routers = [
+        module for module in build_model(CONFIG, kind).modules() if isinstance(module, Router)
+    ]
     assert len(routers) == SIZES["num_hidden_layers"]
     for router in routers:
         assert (router.output.weight == 0).all()
@@ -85,6 +91,8 @@ def test_building_leaves_the_random_numbers_of_others_alone() -> None:
 def test_layers_differ_from_each_other_and_the_head_is_the_embedding() -> None:
     model = build_model(CONFIG, "gqa")
     first, second, _ = mechanisms(model)
-    assert not torch.equal(first.get_parameter("q_proj.weight"), second.get_parameter("q_proj.weight"))
+    assert not torch.equal(
+        first.get_parameter("q_proj.weight"), second.get_parameter("q_proj.weight")
+    )
     assert isinstance(model, GPT2LMHeadModel)
     assert model.lm_head.weight is model.transformer.wte.weight

@@ -1,4 +1,5 @@
-"""A memory in some layers only, the others windowed with sinks; and folders from before these options existed."""
+"""A memory in some layers only, the others windowed with sinks; and folders from before these
+options existed."""
 
 import json
 from pathlib import Path
@@ -12,10 +13,18 @@ import checks
 from checks_models import BACKBONES, OPTIONS, greedy_without_cache, make_model, shake, tokens
 from mka.attention.gqa import GroupedQueryAttention
 from mka.attention.mka import MemoryKeyedAttention
-from mka.config import LongTermConfig
-from mka.limits import InputError
+from mka.errors import InputError
 from mka.memory.bank import Bank
-from mka.models import build_model, convert, fingerprint, mechanisms, memory_cache, read_in_pieces, states
+from mka.memory.options import LongTermConfig
+from mka.models import (
+    build_model,
+    convert,
+    fingerprint,
+    mechanisms,
+    memory_cache,
+    read_in_pieces,
+    states,
+)
 
 MEMORIES = ("mka", "fmka")
 
@@ -25,7 +34,9 @@ MEMORIES = ("mka", "fmka")
 )
 @pytest.mark.parametrize("kind", MEMORIES)
 def test_which_layers(chosen: Any, layers: list[int], kind: str) -> None:
-    found = [type(attn).__name__ for attn in mechanisms(make_model("llama", kind, memory_layers=chosen))]
+    found = [
+        type(attn).__name__ for attn in mechanisms(make_model("llama", kind, memory_layers=chosen))
+    ]
     other = "GroupedQueryAttention"
     assert [number for number, name in enumerate(found) if name != other] == layers
     for attn in mechanisms(make_model("llama", kind, memory_layers=chosen)):
@@ -42,8 +53,13 @@ def test_which_layers(chosen: Any, layers: list[int], kind: str) -> None:
         ("mka", {}, [-1], r"memory_layers is \[-1\]"),
         ("mka", {}, "some", "memory_layers is 'some'"),
         ("mka", {}, True, "memory_layers is True"),
-        ("fmka", {"local_window": None}, 2, "fmka as it is here has no memory that other layers could be without"),
-        ("gqa", {}, 2, "gqa as it is here has no memory"),
+        (
+            "fmka",
+            {"local_window": None},
+            2,
+            "this fmka has no memory that other layers could do without",
+        ),
+        ("gqa", {}, 2, "this gqa has no memory"),
     ],
 )
 def test_what_is_refused(kind: str, options: dict[str, Any], chosen: Any, message: str) -> None:
@@ -81,7 +97,9 @@ def test_caches_of_the_other_layers_stay_bounded(kind: str) -> None:
 @pytest.mark.parametrize("kind", MEMORIES)
 @pytest.mark.parametrize("store", ["host", "disk"])
 @torch.no_grad()
-def test_stores_and_banks_are_of_the_layers_that_remember(kind: str, store: Any, tmp_path: Path) -> None:
+def test_stores_and_banks_are_of_the_layers_that_remember(
+    kind: str, store: Any, tmp_path: Path
+) -> None:
     model, ids = make_model("llama", kind, dtype=torch.float64, memory_layers=[1]), tokens(1, 50)
     config = LongTermConfig(longterm_store=store)
     cache = memory_cache(model, config)
@@ -102,7 +120,10 @@ def test_stores_and_banks_are_of_the_layers_that_remember(kind: str, store: Any,
 def test_a_pretrained_model_can_be_given_some() -> None:
     model = make_model("llama", "gqa", local_window=None)
     converted = convert(model, "mka", local_window=8, chunk_size=3, memory_layers=2)
-    assert [type(attn) for attn in mechanisms(converted)] == [GroupedQueryAttention, MemoryKeyedAttention]
+    assert [type(attn) for attn in mechanisms(converted)] == [
+        GroupedQueryAttention,
+        MemoryKeyedAttention,
+    ]
     ids = tokens(1, 8)
     with torch.no_grad():
         checks.close(converted(ids).logits, model(ids).logits)

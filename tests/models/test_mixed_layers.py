@@ -1,4 +1,5 @@
-"""Families that mix sliding and full layers: the full get the mechanism, the sliding compute what they did."""
+"""Families that mix sliding and full layers: the full get the mechanism, the sliding compute what
+they did."""
 
 from copy import deepcopy
 from typing import Any
@@ -18,10 +19,19 @@ from transformers import (
 )
 
 import checks
-from checks_models import BACKBONES, GEMMA, LLAMA, TOKEN_IDS, greedy_without_cache, positions_of, shake, tokens
+from checks_models import (
+    BACKBONES,
+    GEMMA,
+    LLAMA,
+    TOKEN_IDS,
+    greedy_without_cache,
+    positions_of,
+    shake,
+    tokens,
+)
 from mka.attention.gqa import GroupedQueryAttention
 from mka.attention.mka import MemoryKeyedAttention
-from mka.limits import InputError
+from mka.errors import InputError
 from mka.models import REVERSIBLE, build_model, convert, mechanisms, memory_cache, states
 from mka.models.weights import PRETRAINED
 
@@ -31,7 +41,12 @@ QWEN: dict[str, Any] = {
     "use_sliding_window": True,
     "layer_types": ["full_attention", "sliding_attention"],
 }
-GPT_OSS: dict[str, Any] = {"head_dim": 12, "sliding_window": 7, "num_local_experts": 3, "num_experts_per_tok": 2}
+GPT_OSS: dict[str, Any] = {
+    "head_dim": 12,
+    "sliding_window": 7,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+}
 FAMILIES: dict[str, PreTrainedConfig] = {
     "gemma3": BACKBONES["gemma3"],
     "gpt_oss": GptOssConfig(**LLAMA, **TOKEN_IDS, **GPT_OSS),
@@ -55,11 +70,16 @@ class Norm(nn.Module):
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight, norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        self.weight, self.eps = (
+            norm.weight,
+            norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps,
+        )
         self.offset = float("Gemma" in type(norm).__name__)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * (self.offset + self.weight)
+        return (
+            x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * (self.offset + self.weight)
+        )
 
 
 class Angles(nn.Module):
@@ -76,10 +96,14 @@ class Angles(nn.Module):
             prefix = "" if kind is None else f"{kind}_"
             rates = getattr(rotary, f"{prefix}inv_freq").double()
             if parameters["rope_type"] == "default":
-                rates = parameters["rope_theta"] ** -(torch.arange(len(rates)).double() / len(rates))
+                rates = parameters["rope_theta"] ** -(
+                    torch.arange(len(rates)).double() / len(rates)
+                )
             self.rates[kind] = rates, getattr(rotary, f"{prefix}attention_scaling")
 
-    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         rates, scaling = self.rates[layer_type]
         angles = position_ids.unsqueeze(-1) * rates
         angles = angles if self.half else torch.cat([angles, angles], dim=-1)
@@ -87,7 +111,8 @@ class Angles(nn.Module):
 
 
 def exact(model: Any) -> Any:
-    """The model in float64 throughout: transformers' own norms, angles and experts are in float32 at most."""
+    """The model in float64 throughout: transformers' own norms, angles and experts are in float32
+    at most."""
     model = deepcopy(model)
     if hasattr(model.config, "num_local_experts"):
         model.set_experts_implementation("eager")
@@ -111,7 +136,9 @@ def exact(model: Any) -> Any:
     ],
 )
 @torch.no_grad()
-def test_it_is_the_pretrained_model_where_nothing_is_left_out(kind: str, options: dict[str, Any], family: str) -> None:
+def test_it_is_the_pretrained_model_where_nothing_is_left_out(
+    kind: str, options: dict[str, Any], family: str
+) -> None:
     """On rows that are longer than the sliding window; padded in front too."""
     model, ids = pretrained(family), tokens(2, LENGTH)
     converted = convert(model, kind, **options)
@@ -120,7 +147,9 @@ def test_it_is_the_pretrained_model_where_nothing_is_left_out(kind: str, options
     again = convert(converted, kind, **options)
     checks.close(exact(again)(ids).logits, wanted)
     left, mask = padded(ids)
-    given = exact(converted)(left, attention_mask=mask, position_ids=positions_of(mask), use_cache=False).logits
+    given = exact(converted)(
+        left, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
+    ).logits
     checks.close(given[:, PADDING:][:1], wanted[:1])
 
 
@@ -151,7 +180,9 @@ def test_a_window_is_of_the_full_layers_alone(family: str) -> None:
     kinds = [type(layer) for layer in mechanisms(converted)]
     wanted = [MemoryKeyedAttention, GroupedQueryAttention]
     assert kinds == (wanted if family.startswith("qwen") else wanted[::-1])
-    windows = {type(layer): (layer.local_window, layer.sink_tokens) for layer in mechanisms(converted)}
+    windows = {
+        type(layer): (layer.local_window, layer.sink_tokens) for layer in mechanisms(converted)
+    }
     assert windows == {MemoryKeyedAttention: (9, 4), GroupedQueryAttention: (7, 0)}
     kept = convert(converted, "gqa")
     assert sorted(layer.local_window or 0 for layer in mechanisms(kept)) == [7, 9]
@@ -165,11 +196,19 @@ def test_it_decodes_as_it_reads_and_padding_does_not_matter(family: str) -> None
     whole = model(ids, use_cache=False).logits
     for piece in (1, 5, 16):
         cache = memory_cache(model)
-        parts = [model(part, use_cache=True, past_key_values=cache).logits for part in ids.split(piece, dim=1)]
+        parts = [
+            model(part, use_cache=True, past_key_values=cache).logits
+            for part in ids.split(piece, dim=1)
+        ]
         checks.close(torch.cat(parts, dim=1), whole)
-    sliding = next(n for n, layer in enumerate(mechanisms(model)) if isinstance(layer, GroupedQueryAttention))
+    sliding = next(
+        n for n, layer in enumerate(mechanisms(model)) if isinstance(layer, GroupedQueryAttention)
+    )
     layer = mechanisms(model)[sliding]
-    held = [layer.state_nbytes(2, length, torch.float64, REVERSIBLE) for length in (LENGTH, 7 + REVERSIBLE, 1000)]
+    held = [
+        layer.state_nbytes(2, length, torch.float64, REVERSIBLE)
+        for length in (LENGTH, 7 + REVERSIBLE, 1000)
+    ]
     assert states(cache)[sliding].nbytes == held[0] < held[1] == held[2]
     model.generation_config.eos_token_id = None
     made = model.generate(ids, max_new_tokens=6, do_sample=False)
@@ -181,7 +220,11 @@ def test_it_decodes_as_it_reads_and_padding_does_not_matter(family: str) -> None
     parts = []
     for stop in range(4, left.shape[1] + 4, 4):
         now = slice(stop - 4, stop)
-        told = {"attention_mask": mask[:, :stop], "position_ids": places[:, now], "past_key_values": cache}
+        told = {
+            "attention_mask": mask[:, :stop],
+            "position_ids": places[:, now],
+            "past_key_values": cache,
+        }
         parts.append(model(left[:, now], **told).logits)
     checks.close(torch.cat(parts, dim=1)[0, PADDING:], whole[0])
 
@@ -228,26 +271,38 @@ def test_a_learned_sink_logit_is_one_more_term_of_the_softmax(kind: str) -> None
 
 def test_memory_layers_are_chosen_among_the_full_ones() -> None:
     kinds = ["sliding_attention", "full_attention"] * 3
-    config = Gemma3TextConfig(**LLAMA | TOKEN_IDS | GEMMA | {"num_hidden_layers": 6, "layer_types": kinds})
+    config = Gemma3TextConfig(
+        **LLAMA | TOKEN_IDS | GEMMA | {"num_hidden_layers": 6, "layer_types": kinds}
+    )
     model = shake(AutoModelForCausalLM.from_config(config))
     choices: list[tuple[Any, list[int]]] = [("all", [1, 3, 5]), (2, [3]), ([5, 1], [1, 5])]
     for chosen, layers in choices:
         made = convert(model, "mka", local_window=9, chunk_size=3, memory_layers=chosen)
-        found = [number for number, layer in enumerate(mechanisms(made)) if isinstance(layer, MemoryKeyedAttention)]
+        found = [
+            number
+            for number, layer in enumerate(mechanisms(made))
+            if isinstance(layer, MemoryKeyedAttention)
+        ]
         assert found == layers
         assert [layer.local_window for layer in mechanisms(made)] == [7, 9] * 3
-    with pytest.raises(InputError, match=r"memory_layers is .2.; .* list of layers that are not sliding: 1, 3, 5"):
+    with pytest.raises(
+        InputError, match=r"memory_layers is .2.; .* list of layers that are not sliding: 1, 3, 5"
+    ):
         convert(model, "mka", local_window=9, memory_layers=[2])
     with pytest.raises(InputError, match="every n-th layer by a number from 1 to 3"):
         convert(model, "mka", local_window=9, memory_layers=4)
 
 
-WINDOW: dict[str, Any] = {"sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]}
+WINDOW: dict[str, Any] = {
+    "sliding_window": 7,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
 
 
 @torch.no_grad()
 def test_what_layers_are_is_what_the_family_makes_of_its_configuration() -> None:
-    """Llama has neither windows nor kinds of layers, and Mistral one window for all, whatever config.json holds."""
+    """Llama has neither windows nor kinds of layers, and Mistral one window for all, whatever
+    config.json holds."""
     ids = tokens(2, LENGTH)
     for made, window in ((LlamaConfig, None), (MistralConfig, 7)):
         model = of_config(made(**LLAMA, **TOKEN_IDS, **WINDOW))
@@ -260,15 +315,21 @@ def test_what_layers_are_is_what_the_family_makes_of_its_configuration() -> None
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
 @torch.no_grad()
 def test_layers_that_are_all_of_one_kind(kind: str, family: str, tmp_path: Any) -> None:
-    """A window that all layers have becomes that of the mechanism, but for a family whose kinds turn differently."""
+    """A window that all layers have becomes that of the mechanism, but for a family whose kinds
+    turn differently."""
     config: Any = FAMILIES[family]
-    model, ids = of_config(type(config)(**config.to_dict() | {"layer_types": [kind] * 2})), tokens(2, LENGTH)
+    model, ids = (
+        of_config(type(config)(**config.to_dict() | {"layer_types": [kind] * 2})),
+        tokens(2, LENGTH),
+    )
     if kind == "sliding_attention" and family == "gemma3":
         with pytest.raises(InputError, match="layer_types has 2 sliding layers and no other"):
             convert(model, "gqa")
         return
     converted = convert(model, "gqa")
-    assert [layer.local_window for layer in mechanisms(converted)] == [7 if "sliding" in kind else None] * 2
+    assert [layer.local_window for layer in mechanisms(converted)] == [
+        7 if "sliding" in kind else None
+    ] * 2
     checks.close(exact(converted)(ids).logits, exact(model)(ids).logits)
     checks.close(exact(convert(converted, "mha"))(ids).logits, exact(model)(ids).logits)
     memories = convert(model, "mka", local_window=9, chunk_size=3)
@@ -287,16 +348,28 @@ def test_a_latent_attention_behind_a_sliding_layer_has_nothing_to_keep() -> None
 def test_kinds_of_layers_that_are_not_known() -> None:
     config: Any = deepcopy(FAMILIES["qwen2"])
     config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(InputError, match="layer_types has 'chunked_attention'; allowed: 'full_attention', 'sliding_at"):
+    with pytest.raises(
+        InputError,
+        match="layer_types has 'chunked_attention'; allowed: 'full_attention', 'sliding_at",
+    ):
         build_model(config, "gqa")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; the mechanisms need None"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True; the mechanisms need False"),
-        ({"layer_types": ["sliding_attention"] * 2}, "layer_types has 2 sliding layers and no other"),
+        (
+            {"attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping is 50.0; the mechanisms need None",
+        ),
+        (
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention is True; the mechanisms need False",
+        ),
+        (
+            {"layer_types": ["sliding_attention"] * 2},
+            "layer_types has 2 sliding layers and no other",
+        ),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import checks
 from checks_models import make_model, tokens
-from mka.limits import InputError
+from mka.errors import InputError
 from mka.models import memory_cache
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
@@ -72,19 +72,27 @@ def test_inside_a_trainer(kind: str, tmp_path: Path) -> None:
     model = make_model("llama", kind, dtype=torch.float64)
     data: Any = [{"input_ids": ids[0].tolist()} for ids in texts()]
     arguments = TrainingArguments(
-        str(tmp_path), per_device_eval_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True
+        str(tmp_path),
+        per_device_eval_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
     )
     collator = DataCollatorWithFlattening(return_tensors="pt")
     trainer = Trainer(model, arguments, data_collator=collator, eval_dataset=data)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for ids in texts():
-        losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+        losses = torch.nn.functional.cross_entropy(
+            model(ids).logits[0, :-1], ids[0, 1:], reduction="sum"
+        )
         total, count = total + losses, count + ids.shape[1] - 1
     assert trainer.evaluate()["eval_loss"] == pytest.approx((total / count).item(), rel=1e-6)
     batch = packed()
     weights = [p for p in model.parameters() if p.requires_grad]
     wanted = torch.autograd.grad(total / count, weights, allow_unused=True, materialize_grads=True)
-    ours = torch.autograd.grad(model(**batch).loss, weights, allow_unused=True, materialize_grads=True)
+    ours = torch.autograd.grad(
+        model(**batch).loss, weights, allow_unused=True, materialize_grads=True
+    )
     for a, b in zip(ours, wanted, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-6)  # transformers computes the loss in float32
 
@@ -108,12 +116,17 @@ def test_what_is_refused() -> None:
     model, batch = make_model("llama", "mka"), packed()
     ids, places = batch["input_ids"], batch["position_ids"]
     for more in ({"use_cache": True}, {"past_key_values": memory_cache(model)}):
-        with pytest.raises(InputError, match="a cache goes on with one"):
+        with pytest.raises(InputError, match="a cache continues one"):
             model(ids, position_ids=places, **more)
     ends = torch.tensor([0, 9, 10, 24, 31], dtype=torch.int32)
     wrong = {
-        "in different places": {"cu_seq_lens_q": torch.tensor([0, 9, 11, 24, 31]), "position_ids": places},
-        "must rise from 0 to the tokens of one row, which are 31": {"cu_seq_lens_q": torch.tensor([0, 9, 30])},
+        "in different places": {
+            "cu_seq_lens_q": torch.tensor([0, 9, 11, 24, 31]),
+            "position_ids": places,
+        },
+        "must rise from 0 to the tokens of one row, which are 31": {
+            "cu_seq_lens_q": torch.tensor([0, 9, 30])
+        },
         r"must rise from 0": {"cu_seq_lens_q": torch.tensor([0, 9, 9, 31])},
     }
     for message, arguments in wrong.items():
@@ -130,7 +143,8 @@ def test_a_compiled_model_says_that_it_cannot() -> None:
     compiled = torch.compile(model, backend="eager")
     one = torch.arange(sum(LENGTHS))[None]
     checks.close(
-        compiled(batch["input_ids"], position_ids=one, use_cache=False).logits, model(batch["input_ids"]).logits
+        compiled(batch["input_ids"], position_ids=one, use_cache=False).logits,
+        model(batch["input_ids"]).logits,
     )
     with pytest.raises(RuntimeError, match="a compiled model cannot keep them apart"):
         compiled(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)

@@ -41,7 +41,9 @@ def copied_from(theirs: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 
 def tokens(batch: int = 3) -> Tensor:
-    return torch.randint(SIZES["vocab_size"], (batch, TOKENS), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        SIZES["vocab_size"], (batch, TOKENS), generator=torch.Generator().manual_seed(1)
+    )
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -69,7 +71,11 @@ def test_gradients_of_the_loss() -> None:
     ours = copied_from(theirs)
     for model in (ours, theirs):
         model(tokens(), labels=tokens()).loss.backward()
-    for name in ("transformer.wte.weight", "transformer.h.0.ln_1.weight", "transformer.h.2.mlp.c_fc.weight"):
+    for name in (
+        "transformer.wte.weight",
+        "transformer.h.0.ln_1.weight",
+        "transformer.h.2.mlp.c_fc.weight",
+    ):
         close(gradient(ours, name), gradient(theirs, name))
     for layer, attn in enumerate(mechanisms(ours)):
         packed = torch.cat([gradient(attn, f"{name}_proj.weight") for name in "qkv"])

@@ -1,4 +1,5 @@
-"""What is converted is what its weights say: wrappers are taken off, and what adds to the weights is refused."""
+"""What is converted is what its weights say: wrappers are taken off, and what adds to the weights
+is refused."""
 
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from checks_models import BACKBONES, shake, tokens
 from mka.models import convert, mechanisms
 from mka.models.plain import check_plain
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 IDS = tokens(2, 20)
 LORA: dict[str, Any] = {"r": 2, "init_lora_weights": False}
 compiled: Any = partial(torch.compile, backend="eager")
@@ -99,7 +102,9 @@ def test_what_is_plain_within_is_converted_whole(name: str) -> None:
 
 
 def test_in_distributed_data_parallel(tmp_path: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
     try:
         model = llama()
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -152,20 +157,33 @@ UP, Q = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"
 HOOKED = "computes more than its weights: a hook is called with it, by "
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "adapter in the MLP": (
-        changed(lambda m: inject_adapter_in_model(LoraConfig(target_modules=["up_proj"], **LORA), m)),
+        changed(
+            lambda m: inject_adapter_in_model(LoraConfig(target_modules=["up_proj"], **LORA), m)
+        ),
         "model.layers.0.mlp.up_proj is a peft.tuners.lora.layer.Linear, .*merge the adapter first",
     ),
     "adapter in GPT-2's attention": (
-        changed(lambda m: inject_adapter_in_model(LoraConfig(target_modules=["c_attn"], **LORA), m), gpt2),
+        changed(
+            lambda m: inject_adapter_in_model(LoraConfig(target_modules=["c_attn"], **LORA), m),
+            gpt2,
+        ),
         "transformer.h.0.attn.c_attn is a peft.*merge the adapter first",
     ),
     "adapter on our router": (
-        changed(lambda m: inject_adapter_in_model(LoraConfig(target_modules=["router.output"], **LORA), m), ours),
+        changed(
+            lambda m: inject_adapter_in_model(
+                LoraConfig(target_modules=["router.output"], **LORA), m
+            ),
+            ours,
+        ),
         "attention.router.output is a peft.*merge the adapter first",
     ),
     "PEFT model": (
         lambda: adapted("up_proj"),
-        "model is a peft.peft_model.PeftModel; it must be a LlamaForCausalLM or MkaLlamaForCausalLM: merge the adapter",
+        (
+            "model is a peft.peft_model.PeftModel; it must be a LlamaForCausalLM or "
+            "MkaLlamaForCausalLM: merge the adapter"
+        ),
     ),
     "pruned MLP": (
         changed(lambda m: prune.l1_unstructured(mlp(m).up_proj, "weight", 0.3)),
@@ -176,7 +194,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         f"{Q} {HOOKED}torch.nn.utils.prune; .*prune.remove",
     ),
     "pruned GPT-2 attention": (
-        changed(lambda m: prune.l1_unstructured(m.transformer.h[0].attn.c_attn, "weight", 0.3), gpt2),
+        changed(
+            lambda m: prune.l1_unstructured(m.transformer.h[0].attn.c_attn, "weight", 0.3), gpt2
+        ),
         f"transformer.h.0.attn.c_attn {HOOKED}torch.nn.utils.prune",
     ),
     "weight norm": (
@@ -199,19 +219,49 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: dynamically_quantized(llama()),
         "self_attn.q_proj is a torch.ao.nn.quantized.dynamic.*neither quantized nor replaced",
     ),
-    "offloaded": (lambda: cpu_offload(llama()), "embed_tokens.weight is offloaded .its device is meta."),
-    "without data": (changed(lambda m: attention(m).k_proj.to("meta")), "k_proj.weight is offloaded"),
-    "another layer": (changed(lambda m: setattr(attention(m), "q_proj", doubled(attention(m).q_proj))), f"{Q} is a "),
-    "another activation": (changed(lambda m: setattr(mlp(m), "act_fn", nn.GELU())), "mlp.act_fn is a torch.nn"),
-    "hook": (changed(lambda m: attention(m).q_proj.register_forward_hook(lambda *x: 2 * x[2])), f"{Q} {HOOKED}"),
-    "hook before": (changed(lambda m: mlp(m).register_forward_pre_hook(lambda *x: (2 * x[1][0],))), f"mlp {HOOKED}"),
-    "forward": (changed(lambda m: setattr(attention(m).q_proj, "forward", lambda x: x)), "its forward is replaced"),
+    "offloaded": (
+        lambda: cpu_offload(llama()),
+        "embed_tokens.weight is offloaded .its device is meta.",
+    ),
+    "without data": (
+        changed(lambda m: attention(m).k_proj.to("meta")),
+        "k_proj.weight is offloaded",
+    ),
+    "another layer": (
+        changed(lambda m: setattr(attention(m), "q_proj", doubled(attention(m).q_proj))),
+        f"{Q} is a ",
+    ),
+    "another activation": (
+        changed(lambda m: setattr(mlp(m), "act_fn", nn.GELU())),
+        "mlp.act_fn is a torch.nn",
+    ),
+    "hook": (
+        changed(lambda m: attention(m).q_proj.register_forward_hook(lambda *x: 2 * x[2])),
+        f"{Q} {HOOKED}",
+    ),
+    "hook before": (
+        changed(lambda m: mlp(m).register_forward_pre_hook(lambda *x: (2 * x[1][0],))),
+        f"mlp {HOOKED}",
+    ),
+    "forward": (
+        changed(lambda m: setattr(attention(m).q_proj, "forward", lambda x: x)),
+        "its forward is replaced",
+    ),
     "NaN": (changed(lambda m: spoil(mlp(m).up_proj)), f"{UP}.weight holds NaN or infinity"),
-    "NaN in the attention": (changed(lambda m: spoil(attention(m).o_proj)), "self_attn.o_proj.weight holds NaN"),
-    "fewer layers": (changed(lambda m: m.model.layers.pop(1)), "model has no model.layers.1, which its config.json"),
+    "NaN in the attention": (
+        changed(lambda m: spoil(attention(m).o_proj)),
+        "self_attn.o_proj.weight holds NaN",
+    ),
+    "fewer layers": (
+        changed(lambda m: m.model.layers.pop(1)),
+        "model has no model.layers.1, which its config.json",
+    ),
     "more layers": (
         changed(lambda m: m.model.layers.append(deepcopy(m.model.layers[0]))),
-        r"model.layers.2.input_layernorm.weight is a weight of the model, not by its configuration \(9 such\)",
+        (
+            r"model.layers.2.input_layernorm.weight is a weight of the model, not by its "
+            r"configuration \(9 such\)"
+        ),
     ),
     "a bias": (
         changed(lambda m: setattr(attention(m).q_proj, "bias", nn.Parameter(torch.ones(32)))),
@@ -221,7 +271,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         changed(lambda m: setattr(attention(m), "sinks", nn.Parameter(torch.ones(4)))),
         "self_attn.sinks is a weight of the model, not by its configuration",
     ),
-    "a weight less": (changed(lambda m: mlp(m).up_proj.register_parameter("weight", None)), f"{UP}.weight is no"),
+    "a weight less": (
+        changed(lambda m: mlp(m).up_proj.register_parameter("weight", None)),
+        f"{UP}.weight is no",
+    ),
     "another size": (
         changed(lambda m: setattr(m.model, "embed_tokens", nn.Embedding(60, 32))),
         r"embed_tokens.weight is \(60, 32\); by the model's configuration it is \(50, 32\)",
@@ -253,10 +306,22 @@ def test_what_is_not_plain_is_refused_in_one_line(name: str) -> None:
 
 
 SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "an epsilon": (lambda m: setattr(m.model.norm, "variance_epsilon", 0.5), r"model.norm.variance_epsilon is 0.5"),
-    "a scale": (lambda m: setattr(m.model.layers[1].self_attn, "scaling", 0.1), r"self_attn.scaling is 0.1"),
-    "angles": (lambda m: m.model.rotary_emb.inv_freq.mul_(2), "inv_freq is not what the model's config says"),
-    "a bound": (lambda m: setattr(m.model.embed_tokens, "max_norm", 0.5), "embed_tokens.max_norm is 0.5"),
+    "an epsilon": (
+        lambda m: setattr(m.model.norm, "variance_epsilon", 0.5),
+        r"model.norm.variance_epsilon is 0.5",
+    ),
+    "a scale": (
+        lambda m: setattr(m.model.layers[1].self_attn, "scaling", 0.1),
+        r"self_attn.scaling is 0.1",
+    ),
+    "angles": (
+        lambda m: m.model.rotary_emb.inv_freq.mul_(2),
+        "inv_freq is not what the model's config says",
+    ),
+    "a bound": (
+        lambda m: setattr(m.model.embed_tokens, "max_norm", 0.5),
+        "embed_tokens.max_norm is 0.5",
+    ),
     "the config": (
         lambda m: setattr(m.config, "rms_norm_eps", 0.5),
         r"variance_epsilon is .*; by the model's config it is",

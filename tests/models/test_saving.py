@@ -1,4 +1,5 @@
-"""A saved folder is an ordinary one: AutoConfig, AutoModelForCausalLM, safetensors, nothing executed."""
+"""A saved folder is an ordinary one: AutoConfig, AutoModelForCausalLM, safetensors, nothing
+executed."""
 
 import json
 import subprocess
@@ -39,13 +40,17 @@ def test_a_folder_gives_the_same_model(kind: str, backbone: str, tmp_path: Path)
 
 
 def test_a_converted_model_keeps_its_learned_gate(tmp_path: Path) -> None:
-    model = convert(shake(AutoModelForCausalLM.from_config(BACKBONES["llama"])), "mka", local_window=6)
+    model = convert(
+        shake(AutoModelForCausalLM.from_config(BACKBONES["llama"])), "mka", local_window=6
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("router.gate"):
             torch.nn.init.constant_(parameter, 0.5)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    gates = {name: p.item() for name, p in loaded.named_parameters() if name.endswith("router.gate")}
+    gates = {
+        name: p.item() for name, p in loaded.named_parameters() if name.endswith("router.gate")
+    }
     assert list(gates.values()) == [0.5, 0.5]
     checks.close(loaded(IDS).logits, model(IDS).logits)
 
@@ -59,10 +64,14 @@ def test_norms_of_heads_load_under_both_names(ours: str, other: str, tmp_path: P
     weights = load_file(path)
     pairs = [(ours, other), (ours.replace("q_", "k_"), other.replace("q_", "k_"))]
     for before, after in pairs:
-        weights = {name.replace(f".{before}.", f".{after}."): weight for name, weight in weights.items()}
+        weights = {
+            name.replace(f".{before}.", f".{after}."): weight for name, weight in weights.items()
+        }
     path.unlink()
     save_file(weights, path, {"format": "pt"})
-    checks.close(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
+    checks.close(
+        AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits
+    )
 
 
 def test_another_process_needs_one_import(tmp_path: Path) -> None:
@@ -73,14 +82,20 @@ def test_another_process_needs_one_import(tmp_path: Path) -> None:
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
         "print(model(torch.arange(1, 20)[None]).logits.double().sum().item())"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert float(done.stdout) == pytest.approx(model(torch.arange(1, 20)[None]).logits.double().sum().item(), abs=1e-6)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) == pytest.approx(
+        model(torch.arange(1, 20)[None]).logits.double().sum().item(), abs=1e-6
+    )
 
 
 def test_an_unknown_option_is_named(tmp_path: Path) -> None:
     make_model("gpt2", "mka").save_pretrained(tmp_path)
     changed_config(tmp_path, attention_options={"chunk_sise": 4})
-    with pytest.raises(ValueError, match=r"mka has no option 'chunk_sise'; allowed: .*nearest: 'chunk_size'"):
+    with pytest.raises(
+        ValueError, match=r"mka has no option 'chunk_sise'; allowed: .*nearest: 'chunk_size'"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     changed_config(tmp_path, attention_type="mkb")
     with pytest.raises(ValueError, match="unknown attention type 'mkb'"):
@@ -90,7 +105,9 @@ def test_an_unknown_option_is_named(tmp_path: Path) -> None:
 def test_a_shape_that_does_not_fit_is_named(tmp_path: Path) -> None:
     make_model("gpt2", "gqa", num_kv_heads=2).save_pretrained(tmp_path)
     changed_config(tmp_path, attention_options={"num_kv_heads": 1})
-    message = r"h\.0\.attn\.attention\.k_proj\.bias is \(16,\) in the folder and \(8,\) in the model"
+    message = (
+        r"h\.0\.attn\.attention\.k_proj\.bias is \(16,\) in the folder and \(8,\) in the model"
+    )
     with pytest.raises(ValueError, match=message) as caught:
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)

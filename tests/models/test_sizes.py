@@ -1,4 +1,5 @@
-"""Presets have the parameters they claim, and widths matched to mha bring every mechanism to its size."""
+"""Presets have the parameters they claim, and widths matched to mha bring every mechanism to its
+size."""
 
 from typing import Any
 
@@ -7,18 +8,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mka.attention import ATTENTION_TYPES
-from mka.config import PRESETS, BenchmarkConfig, attention_options
-from mka.limits import InputError
-from mka.models import (
-    build_model,
-    gpt2_config,
+from mka.errors import InputError
+from mka.experiments.budgets import (
+    CACHE_TOLERANCE,
     match_cache,
     matched_intermediate_size,
-    mechanisms,
     model_flops,
-    preset_config,
 )
-from mka.models.budgets import CACHE_TOLERANCE
+from mka.models import build_model, gpt2_config, mechanisms, preset_config
+from mka.record.config import PRESETS, BenchmarkConfig, attention_options
 
 CLAIMED_MILLIONS = {"quick": 5, "small": 14, "gpt2": 124}
 ALLOWED_DIFFERENCE = 0.005
@@ -74,9 +72,14 @@ def test_a_matched_mlp_makes_up_for_the_mechanism(match: Any, kind: str, name: s
 
 
 def test_flops_by_hand() -> None:
-    """mha, C = 32, T = 40, two blocks: projections, scores and values of 20.5 tokens on average, MLP, head."""
+    """mha, C = 32, T = 40, two blocks: projections, scores and values of 20.5 tokens on average,
+    MLP, head."""
     config = gpt2_config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=40
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=50,
+        max_position_embeddings=40,
     )
     block = 4 * 2 * 32 * 32 + 2 * 2 * 32 * 20.5 + 2 * 2 * 32 * 128
     assert model_flops(empty_model("mha", config)) == 2 * block + 2 * 32 * 50
@@ -95,7 +98,9 @@ def test_matched_heads_give_the_cache_of_gqa(kind: str, name: str) -> None:
     options: dict[str, Any] = attention_options(kind, BenchmarkConfig(preset=name).resolved())
 
     def cache(model: Any) -> int:
-        return sum(attn.state_nbytes(1, config.n_positions, torch.bfloat16) for attn in mechanisms(model))
+        return sum(
+            attn.state_nbytes(1, config.n_positions, torch.bfloat16) for attn in mechanisms(model)
+        )
 
     wanted = cache(empty_model("gqa", config, num_kv_heads=groups))
     assert kind == "gqa" or abs(cache(empty_model(kind, config, **options)) / wanted - 1) > 0.05
@@ -109,7 +114,8 @@ def test_matched_heads_give_the_cache_of_gqa(kind: str, name: str) -> None:
 
 def test_a_cache_that_cannot_be_reached_is_said() -> None:
     with pytest.raises(
-        InputError, match=r"match is 'cache'; mka .* bytes a token and layer at the nearest, gqa with 1"
+        InputError,
+        match=r"match is 'cache'; mka .* bytes per token and layer at the nearest size, gqa with 1",
     ):
         match_cache("mka", sizes("quick"), 1, session_stride=1, session_slots=None, chunk_size=1)
 
@@ -123,7 +129,11 @@ def test_matching_starts_from_the_width_that_was_given() -> None:
 @pytest.mark.parametrize("kind", ATTENTION_TYPES)
 def test_a_small_model_computes(kind: str) -> None:
     config = gpt2_config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=40
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=50,
+        max_position_embeddings=40,
     )
     tokens = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = attention_options(kind, BenchmarkConfig(local_window=8))

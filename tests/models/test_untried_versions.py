@@ -1,4 +1,5 @@
-"""A version of transformers that was not tried is checked, once, before the first model is built."""
+"""A version of transformers that was not tried is checked, once, before the first model is
+built."""
 
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from checks_models import make_model, tokens
 from checks_versions import hand_on, stale, without, without_mask
+from mka.attention import ATTENTION_TYPES
 from mka.models import StateLayer, versions
 from mka.models.modeling import MODELS, MkaLlamaForCausalLM
 
@@ -30,14 +32,22 @@ def test_the_tried_versions_are_those_that_can_be_installed() -> None:
 def test_every_dependency_is_bounded_by_what_was_tried() -> None:
     pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
     listed = pyproject.partition("\ndependencies = [\n")[2].partition("\n]")[0]
-    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line]
+    pins = [
+        Requirement(line)
+        for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+        if "==" in line
+    ]
     wanted = {needed.name: needed for needed in map(Requirement, re.findall(r'"(.+?)"', listed))}
     assert {"torch", "transformers", "numpy"} <= wanted.keys() <= {pin.name for pin in pins}
     for needed in wanted.values():
-        assert {bound.operator for bound in needed.specifier} == {">=", "<"}, f"{needed} has no upper bound"
+        assert {bound.operator for bound in needed.specifier} == {">=", "<"}, (
+            f"{needed} has no upper bound"
+        )
     for pin in pins:
         [exact] = pin.specifier
-        assert pin.name not in wanted or wanted[pin.name].specifier.contains(exact.version), f"{pin} is out of bounds"
+        assert pin.name not in wanted or wanted[pin.name].specifier.contains(exact.version), (
+            f"{pin} is out of bounds"
+        )
 
 
 @pytest.fixture
@@ -60,7 +70,7 @@ def watched(patch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-KINDS = ["gqa", "mla", "mka", "fmka"]
+KINDS = [*ATTENTION_TYPES]
 
 
 @pytest.mark.parametrize("backbone", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3"])
@@ -91,7 +101,8 @@ def test_a_tried_version_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_check_leaves_nothing_behind(untried: list[str]) -> None:
-    """Wherever a model is built: random numbers, default dtype, device and gradients are as before."""
+    """Wherever a model is built: random numbers, default dtype, device and gradients are as
+    before."""
     torch.manual_seed(3)
     random = torch.get_rng_state()
     torch.set_default_dtype(torch.bfloat16)
@@ -118,7 +129,9 @@ def test_a_folder_is_loaded_after_the_check(untried: list[str], tmp_path: Path) 
     assert torch.equal(loaded(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
 
 
-def test_weights_that_are_only_described_cannot_be_checked(untried: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_only_described_cannot_be_checked(
+    untried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As libraries for large models do it: the check is left to the next model."""
     real = nn.Module.register_parameter
 
@@ -136,18 +149,30 @@ def test_weights_that_are_only_described_cannot_be_checked(untried: list[str], m
 @pytest.mark.parametrize(
     ("plant", "said"),
     [
-        (lambda patch: hand_on(patch, without), "gqa does not decode: InputError: the cache of block 0 took in 0 of"),
-        (lambda patch: patch.setattr(StateLayer, "attend", stale), "two cached calls of gqa differ from one call by"),
-        (lambda patch: hand_on(patch, without_mask), "two cached calls of gqa differ from one call by"),
+        (
+            lambda patch: hand_on(patch, without),
+            "mha does not decode: InputError: the cache of layer 0 took in 0 of",
+        ),
+        (
+            lambda patch: patch.setattr(StateLayer, "attend", stale),
+            "two cached calls of mha differ from one call by",
+        ),
+        (
+            lambda patch: hand_on(patch, without_mask),
+            "two cached calls of mha differ from one call by",
+        ),
     ],
     ids=["no cache", "a cache that forgets", "no mask"],
 )
 def test_an_untried_version_that_decodes_wrongly_is_refused(
-    plant: Callable[[pytest.MonkeyPatch], None], said: str, untried: list[str], monkeypatch: pytest.MonkeyPatch
+    plant: Callable[[pytest.MonkeyPatch], None],
+    said: str,
+    untried: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plant(monkeypatch)
     for _ in range(2):
         with pytest.raises(ValueError, match=said) as refused:
             make_model("llama", "fmka")
-        assert "transformers 5.99.0.dev0 is installed; tried were 5.20 to 5.24" in str(refused.value)
+        assert "transformers 5.99.0.dev0 is installed; tested: 5.20 to 5.24" in str(refused.value)
         assert "\n" not in str(refused.value)

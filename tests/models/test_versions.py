@@ -11,7 +11,14 @@ from transformers import Cache, DynamicCache
 import checks
 from checks_models import TWO_BACKBONES, greedy_without_cache, make_model, tokens
 from checks_versions import Change, hand_on, under, without
-from mka.models import CACHE_ARGUMENT, AttentionAdapter, StateLayer, checkpoint_blocks, mechanisms, versions
+from mka.models import (
+    CACHE_ARGUMENT,
+    AttentionAdapter,
+    StateLayer,
+    checkpoint_blocks,
+    mechanisms,
+    versions,
+)
 from mka.models.modeling import MODELS
 
 two_backbones = pytest.mark.parametrize("backbone", TWO_BACKBONES)
@@ -34,7 +41,9 @@ def in_two_calls(model: Any, cache: Cache | None, **more: Any) -> torch.Tensor:
 
 @two_backbones
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "keys_of_the_past"])
-def test_a_block_may_call_the_cache_as_it_likes(backbone: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_may_call_the_cache_as_it_likes(
+    backbone: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(backbone, "fmka", dtype=torch.float64)
     whole = model(IDS, use_cache=False).logits
     hand_on(monkeypatch, under(name))
@@ -59,7 +68,9 @@ def test_so_may_whoever_calls_the_model(backbone: str, name: str) -> None:
 def test_no_cache_by_name_is_no_cache() -> None:
     model = make_model("llama", "gqa")
     for name in versions.CACHE_NAMES:
-        checks.close(model(IDS, use_cache=False, **{name: None}).logits, model(IDS, use_cache=False).logits)
+        checks.close(
+            model(IDS, use_cache=False, **{name: None}).logits, model(IDS, use_cache=False).logits
+        )
 
 
 def test_two_caches_or_another_kind_of_cache_are_refused() -> None:
@@ -73,7 +84,9 @@ def test_two_caches_or_another_kind_of_cache_are_refused() -> None:
 
 def test_the_name_is_read_from_the_installed_version() -> None:
     assert CACHE_ARGUMENT in versions.CACHE_NAMES
-    assert {versions.cache_parameter(model.forward) for model in MODELS.values()} == {CACHE_ARGUMENT}
+    assert {versions.cache_parameter(model.forward) for model in MODELS.values()} == {
+        CACHE_ARGUMENT
+    }
     assert versions.cache_parameter(nn.Linear.forward) is None
 
 
@@ -93,7 +106,9 @@ def test_a_later_name_is_read_too() -> None:
 Use = Callable[[Any], Any]
 WAYS: dict[str, Use] = {
     "a cache": lambda model: model(IDS, past_key_values=DynamicCache()),
-    "a cache, use_cache False": lambda model: model(IDS, past_key_values=DynamicCache(), use_cache=False),
+    "a cache, use_cache False": lambda model: model(
+        IDS, past_key_values=DynamicCache(), use_cache=False
+    ),
     "a cache by position": lambda model: model(
         *([IDS, DynamicCache()] if gpt2(model) else [IDS, None, None, DynamicCache()])
     ),
@@ -108,7 +123,9 @@ WAYS: dict[str, Use] = {
     "a draft": lambda model: model.generate(
         IDS[:1], do_sample=False, assistant_model=make_model("llama", "gqa"), max_new_tokens=3
     ),
-    "pieces": lambda model: model.generate(IDS, do_sample=False, prefill_chunk_size=4, max_new_tokens=3),
+    "pieces": lambda model: model.generate(
+        IDS, do_sample=False, prefill_chunk_size=4, max_new_tokens=3
+    ),
     "offloaded": lambda model: model(IDS, past_key_values=offloading()),
 }
 
@@ -129,25 +146,36 @@ def gpt2(model: Any) -> bool:
 @pytest.mark.parametrize("change", [without, in_a_box], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("blocks", [(0, 1), (1,)], ids=["every block", "one block"])
 def test_a_cache_that_does_not_arrive_is_an_error(
-    backbone: str, way: str, change: Change, blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    backbone: str,
+    way: str,
+    change: Change,
+    blocks: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = make_model(backbone, "gqa")
     WAYS[way](model)
     hand_on(monkeypatch, change, blocks)
-    with pytest.raises(ValueError, match=r"wrong; transformers \d.* is installed; tried were 5\.20 to 5\.") as refused:
+    with pytest.raises(
+        ValueError, match=r"wrong; transformers \d.* is installed; tested: 5\.20 to 5\."
+    ) as refused:
         WAYS[way](model)
     assert "\n" not in str(refused.value)
     model(IDS, use_cache=False)
 
 
 @two_backbones
-def test_a_block_that_should_use_a_cache_says_that_it_has_none(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_should_use_a_cache_says_that_it_has_none(
+    backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without the model around the blocks, too."""
     model = make_model(backbone, "gqa")
-    hand_on(monkeypatch, lambda given: {key: value for key, value in given.items() if not isinstance(value, Cache)})
-    with pytest.raises(ValueError, match="block 0 was to use a cache and was given none"):
+    hand_on(
+        monkeypatch,
+        lambda given: {key: value for key, value in given.items() if not isinstance(value, Cache)},
+    )
+    with pytest.raises(ValueError, match="layer 0 should use a cache and was given none"):
         model.base_model(IDS, use_cache=True)
-    with pytest.raises(ValueError, match="block 3 was to use a cache"):
+    with pytest.raises(ValueError, match="layer 3 should use a cache"):
         AttentionAdapter(nn.Identity(), layer_idx=3)(torch.zeros(1, 2, 8), use_cache=True)  # pyright: ignore
 
 
@@ -162,7 +190,7 @@ def test_a_cache_that_took_in_too_much_is_an_error(monkeypatch: pytest.MonkeyPat
         return real(layer, attention, *given)
 
     monkeypatch.setattr(StateLayer, "attend", twice)
-    with pytest.raises(ValueError, match="block 1 took in 28 of the call's 14 columns"):
+    with pytest.raises(ValueError, match="layer 1 took in 28 of the call's 14 columns"):
         model(IDS)
 
 
@@ -171,7 +199,8 @@ def test_a_cache_that_took_in_too_much_is_an_error(monkeypatch: pytest.MonkeyPat
 
 @two_backbones
 def test_gradient_checkpointing_in_training(backbone: str) -> None:
-    """transformers switches the cache off there: no cache comes out, and one that goes in is refused."""
+    """transformers switches the cache off there: no cache comes out, and one that goes in is
+    refused."""
     model = make_model(backbone, "fmka").train()
     checkpoint_blocks(model)
     for more in ({}, {"use_cache": True}):

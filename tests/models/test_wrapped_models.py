@@ -1,4 +1,5 @@
-"""Models whose layers were adapted, offloaded or quantized by other libraries: decoding is the whole pass still."""
+"""Models whose layers were adapted, offloaded or quantized by other libraries: decoding is the
+whole pass still."""
 
 import copy
 from typing import Any
@@ -21,7 +22,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # those of the other librarie
 def linear_names(model: nn.Module) -> list[str]:
     """The last names of the layers inside the mechanisms."""
     found = {
-        name for attn in mechanisms(model) for name, module in attn.named_modules() if isinstance(module, nn.Linear)
+        name
+        for attn in mechanisms(model)
+        for name, module in attn.named_modules()
+        if isinstance(module, nn.Linear)
     }
     return sorted(found)
 
@@ -73,13 +77,18 @@ def test_offloaded_models(kind: str, tmp_path: Any) -> None:
 @every_kind
 @torch.no_grad()
 def test_dynamic_int8(kind: str) -> None:
-    """torch rounds the activations of each call by their range, so two calls are never one call exactly: as near as
-    transformers' own model of that size comes, within four times."""
+    """torch rounds the activations of each call by their range, so two calls are never one call
+    exactly: as near as transformers' own model of that size comes, within four times."""
     control: Any = transformers_llama()
     ids, off = tokens(1, 40), {}
     for name, model in (
         ("control", control),
-        ("ours", make_model("llama", kind, top_k=100) if kind in ("mka", "fmka") else make_model("llama", kind)),
+        (
+            "ours",
+            make_model("llama", kind, top_k=100)
+            if kind in ("mka", "fmka")
+            else make_model("llama", kind),
+        ),
     ):
         wanted = model(ids, use_cache=False).logits
         small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear})
@@ -89,7 +98,9 @@ def test_dynamic_int8(kind: str) -> None:
             ((a - b).square().mean().sqrt() / scale).item()
             for a, b in ((whole, wanted), (in_two_calls(small, ids), whole))
         ]
-    assert all(ours <= 4 * theirs for ours, theirs in zip(off["ours"], off["control"], strict=True)), off
+    assert all(
+        ours <= 4 * theirs for ours, theirs in zip(off["ours"], off["control"], strict=True)
+    ), off
 
 
 def transformers_llama() -> Any:

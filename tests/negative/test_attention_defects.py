@@ -1,4 +1,5 @@
-"""Planted in the attention: what the original did, and what is easy to get wrong. The contract turns red for each."""
+"""Planted in the attention: what the original did, and what is easy to get wrong. The contract
+turns red for each."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +34,9 @@ def mean_over_the_whole_row(patch: pytest.MonkeyPatch) -> None:
 def no_causal_mask(patch: pytest.MonkeyPatch) -> None:
     real = attend.scaled_dot_product_attention
     patch.setattr(
-        attend, "scaled_dot_product_attention", lambda *qkv, **options: real(*qkv, **options | {"is_causal": False})
+        attend,
+        "scaled_dot_product_attention",
+        lambda *qkv, **options: real(*qkv, **options | {"is_causal": False}),
     )
     summed = cast(Any, attend.attention_with_lse)
 
@@ -45,7 +48,9 @@ def no_causal_mask(patch: pytest.MonkeyPatch) -> None:
 
 
 def window_one_token_too_wide(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Window, "start", lambda window, t: (t - window.size) // window.chunk * window.chunk)
+    patch.setattr(
+        Window, "start", lambda window, t: (t - window.size) // window.chunk * window.chunk
+    )
 
 
 def a_token_that_is_read_twice(patch: pytest.MonkeyPatch) -> None:
@@ -53,12 +58,20 @@ def a_token_that_is_read_twice(patch: pytest.MonkeyPatch) -> None:
     real = attend.attend_window
 
     def twice(
-        q: Tensor, k: Tensor, v: Tensor, sinks: tuple[Tensor, Tensor], window: Window, *rest: Any, lse: bool
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: tuple[Tensor, Tensor],
+        window: Window,
+        *rest: Any,
+        lse: bool,
     ) -> attend.Read:
         first, scale = rest
         sinkless = real(q, k, v, sinks, window._replace(sinks=0), first, scale, lse=True)
         beside = torch.ones(q.shape[1], window.sinks, dtype=torch.bool).tril()
-        return attend.both(sinkless, attend.attend_masked(q, *sinks, beside, scale, lse=True), lse=lse)
+        return attend.both(
+            sinkless, attend.attend_masked(q, *sinks, beside, scale, lse=True), lse=lse
+        )
 
     patch.setattr(attend, "attend_window", twice)
 
@@ -101,7 +114,10 @@ def chunks_whose_log_sum_exp_has_no_gradient(patch: pytest.MonkeyPatch) -> None:
 
 def candidates(patch: pytest.MonkeyPatch, rule: Callable[[Tensor, int], Tensor]) -> None:
     patch.setattr(Limits, "end", lambda limits, t: rule(t, limits.chunk_size) + limits.banked)
-    reach = lambda limits, context: int(rule(torch.tensor(context - 1), limits.chunk_size)) + limits.banked  # noqa: E731
+
+    def reach(limits: Limits, context: int) -> int:
+        return int(rule(torch.tensor(context - 1), limits.chunk_size)) + limits.banked
+
     patch.setattr(Limits, "reach", reach)
 
 
@@ -115,17 +131,24 @@ def chunks_inside_the_window(patch: pytest.MonkeyPatch) -> None:
 
 def padding_counts(patch: pytest.MonkeyPatch) -> None:
     in_place = torch.arange(TOKENS)
-    patch.setattr("mka.attention.base.packing", lambda valid: Packing(in_place.expand(valid.shape), valid))
+    patch.setattr(
+        "mka.attention.base.packing", lambda valid: Packing(in_place.expand(valid.shape), valid)
+    )
 
 
 def no_mask_in_the_router(patch: pytest.MonkeyPatch) -> None:
     real = Router.weights
-    patch.setattr(Router, "weights", lambda router, q, exists: real(router, q, torch.ones_like(exists)))
+    patch.setattr(
+        Router, "weights", lambda router, q, exists: real(router, q, torch.ones_like(exists))
+    )
 
 
 def ties_to_the_later_chunk(patch: pytest.MonkeyPatch, later_wins: bool = True) -> None:
     for kind in MEMORY:
-        patch.setattr(f"mka.attention.{kind}.retrieve", partial(checks_memory.brute_force, later_wins=later_wins))
+        patch.setattr(
+            f"mka.attention.{kind}.retrieve",
+            partial(checks_memory.brute_force, later_wins=later_wins),
+        )
 
 
 def every_slot_is_read(patch: pytest.MonkeyPatch) -> None:
@@ -145,7 +168,13 @@ def chunks_merged_without_their_sums(patch: pytest.MonkeyPatch) -> None:
 
     def mean_of_chunks(meeting: Meeting, *rest: Any, **options: Any) -> attend.Read:
         parts = [
-            real(meeting._replace(retrieved=Retrieved(*(x[..., i, None] for x in meeting.retrieved))), *rest, **options)
+            real(
+                meeting._replace(
+                    retrieved=Retrieved(*(x[..., i, None] for x in meeting.retrieved))
+                ),
+                *rest,
+                **options,
+            )
             for i in range(meeting.retrieved.chunk.shape[3])
         ]
         read = real(meeting, *rest, **options)
@@ -198,7 +227,9 @@ DEFECTS: list[tuple[Plant, tuple[str, ...], str, tuple[Callable[[Any], None], ..
     (infinities_reach_the_attention, ("mha", "mla", *MEMORY), "no-window", (largest_values,)),
 ]
 EACH = [
-    pytest.param(plant, kind, variant, check, id=f"{plant.__name__}-{kind}-{variant}-{check.__name__}")
+    pytest.param(
+        plant, kind, variant, check, id=f"{plant.__name__}-{kind}-{variant}-{check.__name__}"
+    )
     for plant, kinds, variant, turned_red in DEFECTS
     for kind in kinds
     for check in turned_red
@@ -207,7 +238,11 @@ EACH = [
 
 @pytest.mark.parametrize(("plant", "kind", "variant", "check"), EACH)
 def test_the_contract_turns_red(
-    plant: Plant, kind: str, variant: str, check: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+    plant: Plant,
+    kind: str,
+    variant: str,
+    check: Callable[[Any], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     attn = checks.make(kind, variant)
     check(attn)
@@ -219,7 +254,9 @@ def test_the_contract_turns_red(
 def with_every_score_tied(kind: str) -> Any:
     """Summary keys of zero: every score is zero exactly, while the chunks' contents differ."""
     attn = checks.make(kind, "routed" if kind == "mka" else "small")
-    torch.nn.init.zeros_(attn.get_parameter({"mka": "k_proj.weight", "fmka": "index_k_proj.weight"}[kind]))
+    torch.nn.init.zeros_(
+        attn.get_parameter({"mka": "k_proj.weight", "fmka": "index_k_proj.weight"}[kind])
+    )
     return attn
 
 
@@ -237,7 +274,9 @@ def test_ties_the_other_way_turn_parity_red(kind: str, monkeypatch: pytest.Monke
 def test_ties_the_other_way_turn_retrieval_red() -> None:
     checks_memory.assert_earlier_chunk_wins_ties(checks_memory.brute_force)
     with pytest.raises(AssertionError):
-        checks_memory.assert_earlier_chunk_wins_ties(partial(checks_memory.brute_force, later_wins=True))
+        checks_memory.assert_earlier_chunk_wins_ties(
+            partial(checks_memory.brute_force, later_wins=True)
+        )
 
 
 @pytest.mark.parametrize("plant", [chunks_not_yet_completed, chunks_inside_the_window])

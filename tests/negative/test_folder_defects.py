@@ -9,8 +9,8 @@ import pytest
 
 from checks_folders import assert_claims_go_by_the_folder, assert_whole_after_any_kill, run_folder
 from checks_training import assert_exports_the_step
-from mka import folders
-from mka.limits import InputError
+from mka.errors import InputError
+from mka.record import folders
 from mka.storage import write_atomically
 from mka.training import Checkpoints
 
@@ -53,7 +53,9 @@ def test_a_file_that_is_noted_in_another_order_turns_red(
         assert_whole_after_any_kill(run, run / "curves" / "mha.jsonl", "after")
 
 
-def test_a_claim_by_the_folders_name_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_by_the_folders_name_turns_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held: set[str] = set()
 
     @contextmanager
@@ -73,7 +75,9 @@ def test_an_export_of_the_newest_turns_red(tmp_path: Path, monkeypatch: pytest.M
     """Of whatever checkpoint is there, unchecked."""
 
     def export_newest(checkpoints: Checkpoints, step: int, path: Path) -> None:
-        os.link(checkpoints.folder / f"step-{checkpoints.steps()[0]:08d}" / "model.safetensors", path)
+        os.link(
+            checkpoints.folder / f"step-{checkpoints.steps()[0]:08d}" / "model.safetensors", path
+        )
 
     assert_exports_the_step(tmp_path / "as it is")
     monkeypatch.setattr(Checkpoints, "export_weights", export_newest)

@@ -22,8 +22,15 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 def weights_of_wrapped_layers_are_read(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("mka.attention.mla.is_plain", lambda layer: True)
-    patch.setattr(checks_wrapped.Wrapped, "weight", property(lambda wrapped: wrapped.inside.weight), raising=False)
-    patch.setattr(checks_wrapped.Wrapped, "bias", property(lambda wrapped: wrapped.inside.bias), raising=False)
+    patch.setattr(
+        checks_wrapped.Wrapped,
+        "weight",
+        property(lambda wrapped: wrapped.inside.weight),
+        raising=False,
+    )
+    patch.setattr(
+        checks_wrapped.Wrapped, "bias", property(lambda wrapped: wrapped.inside.bias), raising=False
+    )
 
 
 def the_router_reads_its_layers(patch: pytest.MonkeyPatch) -> None:
@@ -44,9 +51,13 @@ def the_router_reads_its_layers(patch: pytest.MonkeyPatch) -> None:
         (the_router_reads_its_layers, "fmka", "router.output"),
     ],
 )
-def test_a_layer_that_is_read(plant: Plant, kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_is_read(
+    plant: Plant, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def check() -> None:
-        checks_wrapped.assert_layer_is_called(checks.make(kind, "biased"), name, checks.make(kind, "biased"))
+        checks_wrapped.assert_layer_is_called(
+            checks.make(kind, "biased"), name, checks.make(kind, "biased")
+        )
 
     check()
     plant(monkeypatch)
@@ -56,7 +67,8 @@ def test_a_layer_that_is_read(plant: Plant, kind: str, name: str, monkeypatch: p
 
 @torch.no_grad()
 def test_a_state_made_after_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the dtype of the first parameter, as it once was: with eight-bit weights every key is a whole number."""
+    """Of the dtype of the first parameter, as it once was: with eight-bit weights every key is a
+    whole number."""
 
     def check() -> None:
         attn, x = checks.make("gqa", dtype=torch.float32), checks.rows(1, 20, torch.float32)
@@ -68,7 +80,9 @@ def test_a_state_made_after_the_weights(monkeypatch: pytest.MonkeyPatch) -> None
         checks.close(torch.cat(parts, 1), attn(x)[0])
 
     check()
-    monkeypatch.setattr(CausalAttention, "own_dtype", property(lambda attn: next(attn.parameters()).dtype))
+    monkeypatch.setattr(
+        CausalAttention, "own_dtype", property(lambda attn: next(attn.parameters()).dtype)
+    )
     with pytest.raises(AssertionError):
         check()
 
@@ -98,7 +112,9 @@ def test_a_torn_state_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         test_state.test_a_state_whose_call_ended_in_an_error_is_refused("gqa", "small")
 
     check()
-    monkeypatch.setattr(State, "in_call", property(lambda _: False, lambda _, value: None), raising=False)
+    monkeypatch.setattr(
+        State, "in_call", property(lambda _: False, lambda _, value: None), raising=False
+    )
     with pytest.raises(pytest.fail.Exception):
         check()
 
@@ -118,6 +134,8 @@ def test_a_decay_that_rounds_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
         test_session.test_a_learned_decay_at_its_ends_can_be_carried_on(40.0, torch.float32)
 
     check()
-    monkeypatch.setattr(SessionAverage, "decay", lambda session, x: torch.sigmoid(session.decay_logit))
+    monkeypatch.setattr(
+        SessionAverage, "decay", lambda session, x: torch.sigmoid(session.decay_logit)
+    )
     with pytest.raises(AssertionError):
         check()

@@ -1,4 +1,5 @@
-"""Planted in the measurement: the original's padded loss, evaluation on train, and memory never reset."""
+"""Planted in the measurement: the original's padded loss, evaluation on train, and memory never
+reset."""
 
 from dataclasses import replace
 from typing import Any
@@ -36,7 +37,8 @@ def test_a_loss_over_padded_rows_turns_red(monkeypatch: pytest.MonkeyPatch) -> N
 def test_padding_is_what_made_the_perplexity_of_a_model_that_knows_nothing_look_good(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A model that has learnt to say padding and nothing else scores far below the vocabulary's perplexity."""
+    """A model that has learnt to say padding and nothing else scores far below the vocabulary's
+    perplexity."""
 
     class SaysPadding(checks_training.Recording):
         def forward(self, tokens: Tensor, use_cache: bool = False) -> object:
@@ -61,8 +63,12 @@ def test_evaluation_on_another_split_turns_red(split: str, monkeypatch: pytest.M
 
     def held_out(self: Comparison, max_tokens: int | None = None) -> Any:
         corpus = self.corpus
-        wrong = corpus.splits | {"validation": TokenSplit(corpus.splits[split].ids, corpus.splits[split].token_bytes)}
-        return real(replace(self, corpus=TokenizedCorpus(corpus.tokenizer, wrong, "", {})), max_tokens)
+        wrong = corpus.splits | {
+            "validation": TokenSplit(corpus.splits[split].ids, corpus.splits[split].token_bytes)
+        }
+        return real(
+            replace(self, corpus=TokenizedCorpus(corpus.tokenizer, wrong, "", {})), max_tokens
+        )
 
     checks_training.assert_evaluates_on_validation()
     monkeypatch.setattr(Comparison, "held_out", held_out)

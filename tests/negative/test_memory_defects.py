@@ -1,4 +1,5 @@
-"""Defects of a long-term memory, planted: the tests of its store, its search and its selection turn red."""
+"""Defects of a long-term memory, planted: the tests of its store, its search and its selection turn
+red."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,9 @@ from torch import Tensor
 import checks
 import checks_state
 from mka.attention.mka import MemoryKeyedAttention
-from mka.config import LongTermConfig
 from mka.memory import held, longterm, search
 from mka.memory.disk import DiskStore
+from mka.memory.options import LongTermConfig
 from mka.memory.places import LongTerm
 from mka.memory.search import Limits
 from mka.memory.state import State
@@ -24,7 +25,9 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 def a_chunk_may_retrieve_itself(patch: pytest.MonkeyPatch) -> None:
     """Chunks inside the window, the query's own included."""
     patch.setattr(Limits, "end", lambda limits, t: t // limits.chunk_size + 1 + limits.banked)
-    patch.setattr(Limits, "reach", lambda limits, context: context // limits.chunk_size + 1 + limits.banked)
+    patch.setattr(
+        Limits, "reach", lambda limits, context: context // limits.chunk_size + 1 + limits.banked
+    )
 
 
 def a_tie_goes_to_the_later_chunk(patch: pytest.MonkeyPatch) -> None:
@@ -75,7 +78,11 @@ def heads_choose_by_their_sum(patch: pytest.MonkeyPatch) -> None:
 def keys_choose_without_the_window(patch: pytest.MonkeyPatch) -> None:
     """A head that reads its window alone has as much to say as one that reads chunks."""
     real = search.best_by_keys
-    patch.setattr(held, "best_by_keys", lambda proposed, sums, window, k: real(proposed, sums, window - 1e9, k))
+    patch.setattr(
+        held,
+        "best_by_keys",
+        lambda proposed, sums, window, k: real(proposed, sums, window - 1e9, k),
+    )
 
 
 def sinks_make_their_chunk_attractive(patch: pytest.MonkeyPatch) -> None:
@@ -87,7 +94,9 @@ def sinks_make_their_chunk_attractive(patch: pytest.MonkeyPatch) -> None:
 def the_bias_is_forgotten_where_chunks_are_chosen(patch: pytest.MonkeyPatch) -> None:
     real = MemoryKeyedAttention.read_long_term
 
-    def without(attn: Any, raw: tuple[Tensor, Tensor], rotated: Any, v: Tensor, window: Tensor, *rest: Any) -> Any:
+    def without(
+        attn: Any, raw: tuple[Tensor, Tensor], rotated: Any, v: Tensor, window: Tensor, *rest: Any
+    ) -> Any:
         return real(attn, raw, rotated, v, window + attn.router.biases(raw[0])[..., 2], *rest)
 
     patch.setattr(MemoryKeyedAttention, "read_long_term", without)
@@ -104,7 +113,9 @@ def a_summary_that_counts_padding(patch: pytest.MonkeyPatch) -> None:
         finally:
             state.past, state.lengths = past, lengths
 
-    patch.setattr("mka.attention.mka.PROPOSED", 1)  # keys that choose among what the means propose would mend it
+    patch.setattr(
+        "mka.attention.mka.PROPOSED", 1
+    )  # keys that choose among what the means propose would mend it
     for kind in ("mka", "fmka"):
         patch.setattr(f"mka.attention.{kind}.write_chunk_means", counted)
 
@@ -122,7 +133,11 @@ def written_one_entry_late(patch: pytest.MonkeyPatch) -> None:
 def rows_share_a_store(patch: pytest.MonkeyPatch) -> None:
     for kind in (MemoryStore, DiskStore):
         real = kind.read
-        patch.setattr(kind, "read", lambda store, row, chunk, group, real=real: real(store, row * 0, chunk, group))
+        patch.setattr(
+            kind,
+            "read",
+            lambda store, row, chunk, group, real=real: real(store, row * 0, chunk, group),
+        )
 
 
 def rows_are_not_selected(patch: pytest.MonkeyPatch) -> None:
@@ -166,7 +181,8 @@ def against_naive(attn: Any) -> None:
 
 
 def ties_against_naive(attn: Any) -> None:
-    """Chunks with one summary and different tokens: which of them is read decides what comes out."""
+    """Chunks with one summary and different tokens: which of them is read decides what comes
+    out."""
     x = checks.rows(1, checks_state.TOKENS)
     for start in range(3, 21, 3):
         x[:, start : start + 3] = x[:, :3].flip(1) if start % 2 else x[:, :3]
@@ -200,7 +216,8 @@ DEFECTS: list[tuple[Plant, tuple[str, ...], Callable[[Any], None]]] = [
 
 
 @pytest.mark.parametrize(
-    ("plant", "kind", "check"), [(plant, kind, check) for plant, kinds, check in DEFECTS for kind in kinds]
+    ("plant", "kind", "check"),
+    [(plant, kind, check) for plant, kinds, check in DEFECTS for kind in kinds],
 )
 def test_the_memory_turns_red(
     plant: Plant, kind: str, check: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch

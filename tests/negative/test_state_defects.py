@@ -1,4 +1,5 @@
-"""What the published implementations do wrong when they decode, planted: the tests of the state turn red."""
+"""What the published implementations do wrong when they decode, planted: the tests of the state
+turn red."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,9 @@ def average_that_restarts(patch: pytest.MonkeyPatch) -> None:
 
 
 def count_of_tokens_shared_over_rows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(State, "starts", lambda state, device: torch.tensor(state.past[:1], device=device))
+    patch.setattr(
+        State, "starts", lambda state, device: torch.tensor(state.past[:1], device=device)
+    )
 
 
 def zeros_for(*names: str) -> Plant:
@@ -56,7 +59,11 @@ def crop_that_only_counts(patch: pytest.MonkeyPatch) -> None:
 
 def ring_too_small(patch: pytest.MonkeyPatch) -> None:
     """One place less would do: the token of the call itself can be read before it is written."""
-    patch.setattr(Entry, "limit", lambda entry, reversible: entry.latest and max(1, entry.latest + reversible - 2))
+    patch.setattr(
+        Entry,
+        "limit",
+        lambda entry, reversible: entry.latest and max(1, entry.latest + reversible - 2),
+    )
 
 
 def a_sink_that_is_forgotten_by_crop(patch: pytest.MonkeyPatch) -> None:
@@ -73,8 +80,14 @@ def a_sink_that_is_forgotten_by_crop(patch: pytest.MonkeyPatch) -> None:
 
 def no_place_for_sinks(patch: pytest.MonkeyPatch) -> None:
     """They stand in the ring, and are written over."""
-    patch.setattr(Entry, "place", lambda entry, number, limit: number if limit is None else number % limit)
-    patch.setattr(Entry, "number_at", lambda entry, place, count, limit: count - 1 - (count - 1 - place) % limit)
+    patch.setattr(
+        Entry, "place", lambda entry, number, limit: number if limit is None else number % limit
+    )
+    patch.setattr(
+        Entry,
+        "number_at",
+        lambda entry, place, count, limit: count - 1 - (count - 1 - place) % limit,
+    )
 
 
 def rows_left_in_place(patch: pytest.MonkeyPatch) -> None:
@@ -88,7 +101,9 @@ def rows_left_in_place(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_session_slot_late(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("mka.attention.mka.slot_columns", lambda stride, tokens, state: _late(stride, tokens, state))
+    patch.setattr(
+        "mka.attention.mka.slot_columns", lambda stride, tokens, state: _late(stride, tokens, state)
+    )
 
 
 def _late(stride: int, tokens: int, state: State) -> Tensor:
@@ -104,12 +119,16 @@ def split(attn: Any) -> None:
 
 def split_of_padded_rows(attn: Any) -> None:
     valid = checks_state.padding("left", 2)
-    checks_state.assert_split_changes_nothing(attn, checks.rows(2, checks_state.TOKENS), (5, 20, 21), valid)
+    checks_state.assert_split_changes_nothing(
+        attn, checks.rows(2, checks_state.TOKENS), (5, 20, 21), valid
+    )
 
 
 def crop(attn: Any) -> None:
     for kept in (12, 13):
-        checks_state.assert_crop_forgets(attn, checks.rows(2, checks_state.TOKENS), kept, reversible=9)
+        checks_state.assert_crop_forgets(
+            attn, checks.rows(2, checks_state.TOKENS), kept, reversible=9
+        )
 
 
 def selection(attn: Any) -> None:

@@ -1,4 +1,5 @@
-"""Planted in training: what a checkpoint may lose, what several ranks may miscount. Each check has to turn red."""
+"""Planted in training: what a checkpoint may lose, what several ranks may miscount. Each check has
+to turn red."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +28,9 @@ def goes_on(folder: Path) -> None:
     tiny.assert_goes_on_as_if_nothing_had_been(folder / "c", "fmka", PLAN, [3])
 
 
-def test_a_checkpoint_that_forgets_the_moments_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_forgets_the_moments_turns_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save = Checkpoints.save
 
     def forgetful(checkpoints: Checkpoints, checkpoint: Checkpoint) -> None:
@@ -41,11 +44,17 @@ def test_a_checkpoint_that_forgets_the_moments_turns_red(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("moment", ["step", "exp_avg", "exp_avg_sq"])
-def test_a_moment_that_is_not_taken_up_turns_red(tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moment_that_is_not_taken_up_turns_red(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load = TorchEngine.load
 
     def partly(engine: TorchEngine, optimizer: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        lost = {name: torch.zeros_like(values) for name, values in optimizer.items() if name.endswith(f".{moment}")}
+        lost = {
+            name: torch.zeros_like(values)
+            for name, values in optimizer.items()
+            if name.endswith(f".{moment}")
+        }
         assert lost
         load(engine, optimizer | lost, rest)
 
@@ -54,7 +63,9 @@ def test_a_moment_that_is_not_taken_up_turns_red(tmp_path: Path, moment: str, mo
         goes_on(tmp_path)
 
 
-def test_a_checkpoint_of_half_precision_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_half_precision_turns_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save = Checkpoints.save
 
     def rounded(checkpoints: Checkpoints, checkpoint: Checkpoint) -> None:
@@ -66,7 +77,9 @@ def test_a_checkpoint_of_half_precision_turns_red(tmp_path: Path, monkeypatch: p
         goes_on(tmp_path)
 
 
-def test_a_rate_that_starts_again_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_that_starts_again_turns_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A schedule that counts the steps of this process instead of those of the training."""
     real, calls = loop.learning_rate_at, [0]
     whole = tiny.trained("mha", PLAN)
@@ -106,7 +119,9 @@ def test_a_manifest_that_is_written_first_turns_red(
 
 
 @pytest.mark.parametrize("name", tiny.CHECKPOINT_FILES[:3])
-def test_a_check_of_sizes_alone_turns_red(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_of_sizes_alone_turns_red(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "sha256_of", sizes_only)
     with pytest.raises((AssertionError, ValueError)):
         tiny.assert_damage_is_noticed(tmp_path, name, "flipped")
@@ -155,7 +170,9 @@ def test_a_loss_that_is_not_the_mean_over_the_ranks_turns_red(defect: type[Ranks
         assert_first_step_is_that_of_one_rank(2, plan_of=planted)
 
 
-def padded(model: Any, batches: Iterable[Any], device: Any, autocast: Any, ranks: Ranks) -> HeldOutLoss:
+def padded(
+    model: Any, batches: Iterable[Any], device: Any, autocast: Any, ranks: Ranks
+) -> HeldOutLoss:
     """Each rank's turn is filled up with the last batch, and that is counted."""
     filled = list(batches)
     while len(filled) % ranks.count:
@@ -163,14 +180,20 @@ def padded(model: Any, batches: Iterable[Any], device: Any, autocast: Any, ranks
     return held_out_loss(model, filled, device, autocast, ranks)
 
 
-def dropped(model: Any, batches: Iterable[Any], device: Any, autocast: Any, ranks: Ranks) -> HeldOutLoss:
+def dropped(
+    model: Any, batches: Iterable[Any], device: Any, autocast: Any, ranks: Ranks
+) -> HeldOutLoss:
     """What does not fill a turn of all ranks is left out."""
     kept = list(batches)
-    return held_out_loss(model, kept[: len(kept) - len(kept) % ranks.count], device, autocast, ranks)
+    return held_out_loss(
+        model, kept[: len(kept) - len(kept) % ranks.count], device, autocast, ranks
+    )
 
 
 @pytest.mark.parametrize("score", [padded, dropped])
-def test_an_evaluation_that_counts_a_batch_twice_or_not_turns_red(score: Callable[..., HeldOutLoss]) -> None:
+def test_an_evaluation_that_counts_a_batch_twice_or_not_turns_red(
+    score: Callable[..., HeldOutLoss],
+) -> None:
     assert_ranks_score_every_token_once(held_out_loss, 2, 2)
     with pytest.raises(AssertionError, match="a token is counted twice or not at all"):
         assert_ranks_score_every_token_once(score, 2, 2)

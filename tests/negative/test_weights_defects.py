@@ -1,4 +1,5 @@
-"""Weights made up, dropped or no numbers, banks of other models, verdicts from nothing: planted, and found."""
+"""Weights made up, dropped or no numbers, banks of other models, verdicts from nothing: planted,
+and found."""
 
 import importlib
 import math
@@ -11,18 +12,20 @@ import pytest
 from torch import Tensor
 
 from cli import test_bank_names
-from mka import statistics
 from mka.memory.bank import Bank, Document
 from mka.models import modeling, plain, reading
+from mka.record import intervals
 from models import test_fingerprint, test_plain, test_weights
 
-conversion = importlib.import_module("mka.models.convert")  # the package's name for it is the function
+conversion = importlib.import_module(
+    "mka.models.convert"
+)  # the package's name for it is the function
 Plant = Callable[[pytest.MonkeyPatch], None]
 RED = (AssertionError, ValueError, pytest.fail.Exception)
 
 
 def missing_weights_are_made_up(patch: pytest.MonkeyPatch) -> None:
-    for module in ("mka.models.modeling", "mka.loading"):
+    for module in ("mka.models.modeling", "mka.models.loading"):
         patch.setattr(f"{module}.check_loaded", lambda *_, **__: None)
 
 
@@ -32,16 +35,16 @@ def weights_that_are_left_over_are_passed_over(patch: pytest.MonkeyPatch) -> Non
     def partly(model: Any, info: Mapping[str, Any], *more: Any, **given: Any) -> None:
         real(model, {**info, "unexpected_keys": set()}, *more, **given)
 
-    for module in ("mka.models.modeling", "mka.loading"):
+    for module in ("mka.models.modeling", "mka.models.loading"):
         patch.setattr(f"{module}.check_loaded", partly)
 
 
 def weights_are_rounded_silently(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("mka.loading.check_precision", lambda *_: None)
+    patch.setattr("mka.models.loading.check_precision", lambda *_: None)
 
 
 def logits_are_taken_as_they_are(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("mka.loading.stop_at_nonfinite_logits", lambda *_: None)
+    patch.setattr("mka.models.loading.stop_at_nonfinite_logits", lambda *_: None)
 
 
 def a_key_is_dropped(patch: pytest.MonkeyPatch) -> None:
@@ -65,18 +68,26 @@ def layers_are_not_looked_at(patch: pytest.MonkeyPatch) -> None:
 
 def three_fields_of_the_configuration(patch: pytest.MonkeyPatch) -> None:
     known = ("model_type", "attention_type", "attention_options")
-    patch.setattr(reading, "deciding", lambda config: {name: getattr(config, name, None) for name in known})
+    patch.setattr(
+        reading, "deciding", lambda config: {name: getattr(config, name, None) for name in known}
+    )
 
 
 def what_is_set_for_generation_counts(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(reading, "IRRELEVANT", frozenset({"_name_or_path", "architectures", "transformers_version"}))
+    patch.setattr(
+        reading, "IRRELEVANT", frozenset({"_name_or_path", "architectures", "transformers_version"})
+    )
 
 
 def the_first_of_a_name_is_removed(patch: pytest.MonkeyPatch) -> None:
     real = Bank.remove
 
     def first(bank: Bank, wanted: str) -> Path:
-        found = [folder.name for folder, details, _ in bank.checked() if details and details["name"] == wanted]
+        found = [
+            folder.name
+            for folder, details, _ in bank.checked()
+            if details and details["name"] == wanted
+        ]
         return real(bank, found[0] if found else wanted)
 
     patch.setattr(Bank, "remove", first)
@@ -95,7 +106,7 @@ def the_older_goes_before_the_new_one_is_in(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_interval_holds_zero(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(statistics.Estimate, "has_interval", property(lambda _estimate: True))
+    patch.setattr(intervals.Estimate, "has_interval", property(lambda _estimate: True))
 
 
 def kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
@@ -104,7 +115,8 @@ def kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     place.mkdir(parents=True)
     test_bank_names.save_model(place / "model", "mka")
     test_bank_names.said(
-        capsys, test_bank_names.add(place, test_bank_names.write(place, "notes.txt", test_bank_names.OLD))
+        capsys,
+        test_bank_names.add(place, test_bank_names.write(place, "notes.txt", test_bank_names.OLD)),
     )
     return place
 
@@ -114,7 +126,9 @@ BY_COMMAND = test_weights.by_command
 DEFECTS: list[tuple[Plant, Check]] = [
     (
         missing_weights_are_made_up,
-        lambda path, _: test_weights.test_a_missing_weight_is_named_and_counted("router", BY_COMMAND, path),
+        lambda path, _: test_weights.test_a_missing_weight_is_named_and_counted(
+            "router", BY_COMMAND, path
+        ),
     ),
     (
         weights_that_are_left_over_are_passed_over,
@@ -130,24 +144,39 @@ DEFECTS: list[tuple[Plant, Check]] = [
         logits_are_taken_as_they_are,
         lambda path, _: test_weights.test_finite_weights_that_give_logits_that_are_no_numbers(path),
     ),
-    (a_key_is_dropped, lambda *_: test_plain.test_what_is_plain_within_is_converted_whole("as it is")),
-    (wrapped_names_are_not_known, lambda *_: test_plain.test_what_is_plain_within_is_converted_whole("compiled")),
-    (layers_are_not_looked_at, lambda *_: test_plain.test_what_is_not_plain_is_refused_in_one_line("hook")),
+    (
+        a_key_is_dropped,
+        lambda *_: test_plain.test_what_is_plain_within_is_converted_whole("as it is"),
+    ),
+    (
+        wrapped_names_are_not_known,
+        lambda *_: test_plain.test_what_is_plain_within_is_converted_whole("compiled"),
+    ),
+    (
+        layers_are_not_looked_at,
+        lambda *_: test_plain.test_what_is_not_plain_is_refused_in_one_line("hook"),
+    ),
     (
         three_fields_of_the_configuration,
-        lambda path, _: test_fingerprint.test_the_same_weights_with_other_settings_are_another_model(
-            "rms_norm_eps", path
+        lambda path, _: (
+            test_fingerprint.test_the_same_weights_with_other_settings_are_another_model(
+                "rms_norm_eps", path
+            )
         ),
     ),
     (
         what_is_set_for_generation_counts,
-        lambda path, _: test_fingerprint.test_it_is_the_same_after_saving_and_whatever_is_set_for_generation(
-            "llama", "mka", path
+        lambda path, _: (
+            test_fingerprint.test_it_is_the_same_after_saving_and_whatever_is_set_for_generation(
+                "llama", "mka", path
+            )
         ),
     ),
     (
         the_first_of_a_name_is_removed,
-        lambda path, said: test_bank_names.test_a_name_that_two_documents_have_is_not_enough(kept(path, said), said),
+        lambda path, said: test_bank_names.test_a_name_that_two_documents_have_is_not_enough(
+            kept(path, said), said
+        ),
     ),
     (
         the_older_goes_before_the_new_one_is_in,
@@ -159,7 +188,10 @@ DEFECTS: list[tuple[Plant, Check]] = [
 
 def verdict_of_one_document() -> None:
     for losses in ([0.5], [0.5, math.nan]):
-        assert statistics.verdict(statistics.ratio(np.array(losses), np.ones(len(losses)))) == "no verdict"
+        assert (
+            intervals.verdict(intervals.ratio(np.array(losses), np.ones(len(losses))))
+            == "no verdict"
+        )
 
 
 def nothing_is_replaced_on_a_full_disk(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,9 +200,15 @@ def nothing_is_replaced_on_a_full_disk(place: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(("plant", "check"), DEFECTS, ids=[plant.__name__ for plant, _ in DEFECTS])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 def test_the_models_turn_red(
-    plant: Plant, check: Check, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    plant: Plant,
+    check: Check,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     check(tmp_path / "before", capsys)
     plant(monkeypatch)

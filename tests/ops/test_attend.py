@@ -6,11 +6,25 @@ from torch import Tensor
 
 from checks import close
 from mka.ops import attend
-from mka.ops.attend import MIN_BLOCK, Read, Window, attend_masked, attend_window, both, mixed, shares_of
+from mka.ops.attend import (
+    MIN_BLOCK,
+    Read,
+    Window,
+    attend_masked,
+    attend_window,
+    both,
+    mixed,
+    shares_of,
+)
 
 WINDOWS = [1, 2, MIN_BLOCK - 1, MIN_BLOCK, MIN_BLOCK + 1, 2 * MIN_BLOCK, 100, None]
 LENGTHS = [1, 63, 64, 65, 127, 128, 129, 200, 1000]
-EDGES = [(tokens, window) for tokens in LENGTHS for window in WINDOWS if tokens < 1000 or window in (63, 64, 65)]
+EDGES = [
+    (tokens, window)
+    for tokens in LENGTHS
+    for window in WINDOWS
+    if tokens < 1000 or window in (63, 64, 65)
+]
 
 
 def heads(
@@ -25,14 +39,19 @@ def heads(
     generator = torch.Generator().manual_seed(tokens)
     slots = tokens if slots is None else slots
     shapes = [(2, tokens, num_heads, size), (2, slots, groups, size), (2, slots, groups, v_size)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in shapes
+    ]
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
     """mask (T, S) or (B, T, G, S)."""
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
-    scores = torch.einsum("bthd,bshd->bths", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("bthd,bshd->bths", q, k) * (
+        q.shape[-1] ** -0.5 if scale is None else scale
+    )
     seen = mask[None, :, None] if mask.dim() == 2 else mask.repeat_interleave(repeats, dim=2)
     odds = (scores - scores.detach().amax(-1, keepdim=True)).exp() * seen
     total = odds.sum(-1, keepdim=True)
@@ -45,21 +64,29 @@ def causal(tokens: int, window: int | None) -> Tensor:
     return (distance >= 0) & (distance < (tokens if window is None else window))
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None = None) -> Tensor:
+def attend_causal(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None = None
+) -> Tensor:
     return attend.attend_causal(q, k, v, None if window is None else Window(window), scale).values
 
 
 def same_outputs_and_gradients(fast: Tensor, slow: Tensor, inputs: list[Tensor]) -> None:
     close(fast, slow)
-    direction = torch.randn(fast.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(fast.dtype)
-    for a, b in zip(*(torch.autograd.grad(y, inputs, direction) for y in (fast, slow)), strict=True):
+    direction = torch.randn(
+        fast.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+    ).to(fast.dtype)
+    for a, b in zip(
+        *(torch.autograd.grad(y, inputs, direction) for y in (fast, slow)), strict=True
+    ):
         close(a, b)
 
 
 @pytest.mark.parametrize(("tokens", "window"), EDGES)
 def test_windows_and_lengths_around_the_blocks(tokens: int, window: int | None) -> None:
     q, k, v = heads(tokens)
-    same_outputs_and_gradients(attend_causal(q, k, v, window), dense(q, k, v, causal(tokens, window)), [q, k, v])
+    same_outputs_and_gradients(
+        attend_causal(q, k, v, window), dense(q, k, v, causal(tokens, window)), [q, k, v]
+    )
 
 
 @pytest.mark.parametrize("window", [1, 5, 64, 70, None])
@@ -67,7 +94,9 @@ def test_windows_and_lengths_around_the_blocks(tokens: int, window: int | None) 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_groups(window: int | None, num_heads: int, groups: int, dtype: torch.dtype) -> None:
     q, k, v = heads(133, num_heads, groups, dtype=dtype)
-    same_outputs_and_gradients(attend_causal(q, k, v, window), dense(q, k, v, causal(133, window)), [q, k, v])
+    same_outputs_and_gradients(
+        attend_causal(q, k, v, window), dense(q, k, v, causal(133, window)), [q, k, v]
+    )
 
 
 @pytest.mark.parametrize("window", [None, 3, 65])
@@ -96,7 +125,9 @@ def test_values_beyond_the_window_and_in_the_future_have_no_weight(window: int |
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("per_head", [False, True])
-def test_masked_rows_that_see_nothing_give_zeros_and_finite_gradients(dtype: torch.dtype, per_head: bool) -> None:
+def test_masked_rows_that_see_nothing_give_zeros_and_finite_gradients(
+    dtype: torch.dtype, per_head: bool
+) -> None:
     q, k, v = heads(19, dtype=dtype, slots=11)
     shape = (2, 19, 2, 11) if per_head else (19, 11)
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.3
@@ -149,7 +180,9 @@ def log_sums(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 @every_rule
 @pytest.mark.parametrize("tokens", [7, 64, 65, 131, 200, 300])
 @pytest.mark.parametrize("lse", [False, True])
-def test_sinks_chunks_and_distances_around_the_blocks(window: Window, tokens: int, lse: bool) -> None:
+def test_sinks_chunks_and_distances_around_the_blocks(
+    window: Window, tokens: int, lse: bool
+) -> None:
     q, k, v = heads(tokens)
     mask = seen_by(window, 0, tokens)
     read = attend.attend_causal(q, k, v, window, lse=lse)
@@ -157,7 +190,9 @@ def test_sinks_chunks_and_distances_around_the_blocks(window: Window, tokens: in
     if lse:
         sums = attend.attend_causal(q, k, v, window, lse=True).sums
         close(sums, log_sums(q, k, mask))
-        ours, theirs = (torch.autograd.grad(x.sin().sum(), [q, k]) for x in (sums, log_sums(q, k, mask)))
+        ours, theirs = (
+            torch.autograd.grad(x.sin().sum(), [q, k]) for x in (sums, log_sums(q, k, mask))
+        )
         for a, b in zip(ours, theirs, strict=True):
             close(a, b)
 
@@ -172,7 +207,9 @@ def test_a_window_that_goes_on_after_keys_before(window: Window, first: int, tok
     before = min(first, window.reach - 1)
     mask = seen_by(window, first, tokens)
     sinks = k[:, : window.sinks], v[:, : window.sinks]
-    read = attend_window(q, k[:, first - before :], v[:, first - before :], sinks, window, first, lse=True)
+    read = attend_window(
+        q, k[:, first - before :], v[:, first - before :], sinks, window, first, lse=True
+    )
     same_outputs_and_gradients(read.values, dense(q, k, v, mask), whole)
     close(read.sums, log_sums(q, k, mask))
 
@@ -190,16 +227,22 @@ def test_two_reads_are_one_softmax() -> None:
     q, k, v = heads(6, slots=8)
     mask = torch.rand(6, 8, generator=torch.Generator().manual_seed(1)) < 0.7
     mask[1, :4], mask[2], mask[3, 4:] = False, False, False
-    parts = [attend_masked(q, k[:, s], v[:, s], mask[:, s], lse=True) for s in (slice(0, 4), slice(4, 8))]
+    parts = [
+        attend_masked(q, k[:, s], v[:, s], mask[:, s], lse=True) for s in (slice(0, 4), slice(4, 8))
+    ]
     one = both(*parts)
     same_outputs_and_gradients(one.values, dense(q, k, v, mask), [q, k, v])
     close(one.sums.exp(), log_sums(q, k, mask).exp())
 
 
 def test_shares_of_reads() -> None:
-    """By hand: three reads of one number each, with scores 1, 2 and nothing, a bias and a factor."""
+    """By hand: three reads of one number each, with scores 1, 2 and nothing, a bias and a
+    factor."""
     q = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    reads = [Read(q + value, q[..., 0] + score) for value, score in ((3.0, 1.0), (5.0, 2.0), (7.0, -torch.inf))]
+    reads = [
+        Read(q + value, q[..., 0] + score)
+        for value, score in ((3.0, 1.0), (5.0, 2.0), (7.0, -torch.inf))
+    ]
     bias, factor = q[..., 0] - 0.5, torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
     weights = shares_of(reads, [None, bias, bias], [None, factor, None]).flatten()
     a, b = torch.tensor(1.0).double().exp(), 0.25 * torch.tensor(1.5).double().exp()

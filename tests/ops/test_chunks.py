@@ -1,4 +1,5 @@
-"""Attention chunk by chunk, and by gathering, against one attention under a dense mask, forward and backward."""
+"""Attention chunk by chunk, and by gathering, against one attention under a dense mask, forward and
+backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +32,12 @@ cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def by_sorting(
-    q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int, seen: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retrieved: Retrieved,
+    chunk_size: int,
+    seen: Tensor | None = None,
 ) -> Tensor:
     return chunk_attention(q, k, v, *retrieved, chunk_size, seen)[0]
 
@@ -41,7 +47,12 @@ def by_gathering(*inputs: Any) -> Tensor:
 
 
 def by_unions(
-    q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int, seen: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retrieved: Retrieved,
+    chunk_size: int,
+    seen: Tensor | None = None,
 ) -> Tensor:
     together = attend_unions(q, k, v, *retrieved, chunk_size, seen)
     assert together is not None
@@ -49,7 +60,12 @@ def by_unions(
 
 
 def under_a_mask(
-    q: Tensor, k: Tensor, v: Tensor, retrieved: Retrieved, chunk_size: int, seen: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retrieved: Retrieved,
+    chunk_size: int,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """The plain form: every query is compared with every key."""
     reach = k.shape[1] // chunk_size * chunk_size
@@ -71,8 +87,11 @@ def chunk_mask(retrieved: Retrieved, num_chunks: int, chunk_size: int) -> Tensor
     return mask.repeat_interleave(chunk_size, dim=-1)
 
 
-def inputs(case: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Retrieved, int]:
-    """Random choices, some of them missing; the first queries find nothing, the first key/value head little."""
+def inputs(
+    case: tuple[int, ...], dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Retrieved, int]:
+    """Random choices, some of them missing; the first queries find nothing, the first key/value
+    head little."""
     rows, queries, keys, heads, groups, width, chunk_size, top_k = case
     generator = torch.Generator().manual_seed(sum(case))
     q, k, v = (
@@ -116,7 +135,9 @@ def test_tokens_that_are_not_seen(case: tuple[int, ...], way: Way) -> None:
         close(ours, theirs)
 
 
-@pytest.mark.parametrize(("name", "size"), [("QUERIES", 3), ("QUERIES", 1), ("GATHERED", 1), ("GATHERED", 700)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("QUERIES", 3), ("QUERIES", 1), ("GATHERED", 1), ("GATHERED", 700)]
+)
 @cases
 def test_tiles_of_neighbours_change_nothing(
     case: tuple[int, ...], name: str, size: int, monkeypatch: pytest.MonkeyPatch
@@ -160,7 +181,9 @@ def test_sums_of_each_chunk(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_sums_do_not_depend_on_the_way(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_do_not_depend_on_the_way(
+    dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is chosen by them would depend on it too, and the way depends on the whole call."""
     q, k, _, retrieved, chunk_size = inputs(CASES[2])
     q, k = (x.detach().to(torch.float32 if autocast else dtype) for x in (q, k))
@@ -178,12 +201,16 @@ def test_sums_do_not_depend_on_the_way(dtype: torch.dtype, autocast: bool, monke
 
 def test_the_operator_of_sums() -> None:
     q, k, _, retrieved, chunk_size = inputs(CASES[1])
-    torch.library.opcheck(torch.ops.mka.chunk_sums.default, (q.detach(), k.detach(), *retrieved, chunk_size, None))
+    torch.library.opcheck(
+        torch.ops.mka.chunk_sums.default, (q.detach(), k.detach(), *retrieved, chunk_size, None)
+    )
 
 
 def test_neighbours_that_choose_differently_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """32 queries, each with a chunk of its own; then all of them with one."""
-    q, k, v = (torch.randn(1, 32, 1, 4, generator=torch.Generator().manual_seed(0)) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, 32, 1, 4, generator=torch.Generator().manual_seed(0)) for _ in range(3)
+    )
     chunk = torch.arange(32).view(1, 32, 1, 1)
     monkeypatch.setattr(unions, "LARGEST_UNION", 31)
     assert attend_unions(q, k, v, chunk, chunk >= 0, 1, None) is None
@@ -192,7 +219,9 @@ def test_neighbours_that_choose_differently_are_told_so(monkeypatch: pytest.Monk
 
 
 @cases
-def test_tiles_and_blocks_change_nothing(case: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_and_blocks_change_nothing(
+    case: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v, retrieved, chunk_size = inputs(case)
     whole = by_sorting(q, k, v, retrieved, chunk_size)
     expected = (whole, *gradients(whole, (q, k, v)))
@@ -223,7 +252,10 @@ def test_the_log_sum_exp_is_that_of_the_scores() -> None:
         attend_unions(q, k, v, *retrieved, chunk_size, None)[1],  # pyright: ignore[reportOptionalSubscript]
     ):
         close(lse.exp(), expected.exp())
-        ours, theirs = (torch.autograd.grad(x[there].sin().sum(), [q, k], retain_graph=True) for x in (lse, expected))
+        ours, theirs = (
+            torch.autograd.grad(x[there].sin().sum(), [q, k], retain_graph=True)
+            for x in (lse, expected)
+        )
         for a, b in zip(ours, theirs, strict=True):
             close(a, b)
 
@@ -238,14 +270,19 @@ def test_gradcheck_and_the_custom_operator(keys: int) -> None:
         return o, lse.masked_fill(lse == -torch.inf, 0)
 
     assert torch.autograd.gradcheck(both, (q, k, v))
-    torch.library.opcheck(torch.ops.mka.chunk_attention.default, (q, k, v, *retrieved, chunk_size, seen))
+    torch.library.opcheck(
+        torch.ops.mka.chunk_attention.default, (q, k, v, *retrieved, chunk_size, seen)
+    )
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e-30])
 def test_scores_far_apart(scale: float) -> None:
     q, k, v, retrieved, chunk_size = inputs(CASES[1])
     q = (q * scale).detach().requires_grad_()
-    fast, plain = by_sorting(q, k, v, retrieved, chunk_size), under_a_mask(q, k, v, retrieved, chunk_size)
+    fast, plain = (
+        by_sorting(q, k, v, retrieved, chunk_size),
+        under_a_mask(q, k, v, retrieved, chunk_size),
+    )
     close(fast, plain)
     for ours, theirs in zip(gradients(fast, (q, k, v)), gradients(plain, (q, k, v)), strict=True):
         close(ours, theirs)
@@ -264,7 +301,10 @@ def test_bfloat16_is_computed_in_float32() -> None:
 def test_keys_may_lie_as_a_cache_keeps_them() -> None:
     q, k, v, retrieved, chunk_size = inputs(CASES[1])
     keys, values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
-    close(by_sorting(q, keys, values, retrieved, chunk_size), by_sorting(q, k, v, retrieved, chunk_size))
+    close(
+        by_sorting(q, keys, values, retrieved, chunk_size),
+        by_sorting(q, k, v, retrieved, chunk_size),
+    )
 
 
 def test_what_is_stored_does_not_grow_with_the_square_of_the_row() -> None:

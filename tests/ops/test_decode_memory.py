@@ -1,4 +1,5 @@
-"""A decoded token copies nothing of what is held: what it allocates does not grow with the context."""
+"""A decoded token copies nothing of what is held: what it allocates does not grow with the
+context."""
 
 from typing import Any
 
@@ -26,7 +27,9 @@ class Allocated(TorchDispatchMode):
         given = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **kwargs or {})
         made = {storage(leaf): leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
-        self.nbytes += sum(leaf.untyped_storage().nbytes() for place, leaf in made.items() if place not in given)
+        self.nbytes += sum(
+            leaf.untyped_storage().nbytes() for place, leaf in made.items() if place not in given
+        )
         return out
 
 
@@ -36,11 +39,15 @@ def storage(x: Tensor) -> int:
 
 @torch.no_grad()
 def allocated_by_a_token(kind: str, window: int | None, context: int) -> int:
-    options = options_of(kind, {"local_window": window, "num_kv_heads": GROUPS, "chunk_size": CHUNK, "index_size": 8})
+    options = options_of(
+        kind, {"local_window": window, "num_kv_heads": GROUPS, "chunk_size": CHUNK, "index_size": 8}
+    )
     torch.manual_seed(0)
     attn = build_attention(kind, hidden_size=32, num_heads=4, **options)
     state = attn.initial_state(1)
-    for part in torch.randn(1, context + 1, 32).split([context, 1], dim=1):  # the first token after it makes room
+    for part in torch.randn(1, context + 1, 32).split(
+        [context, 1], dim=1
+    ):  # the first token after it makes room
         _, state = attn(part, state=state)
     with Allocated() as allocated:
         attn(torch.randn(1, 1, 32), state=state)
@@ -52,6 +59,7 @@ def allocated_by_a_token(kind: str, window: int | None, context: int) -> int:
 def test_a_token_allocates_no_more_after_a_longer_context(kind: str, window: int | None) -> None:
     short, long = (allocated_by_a_token(kind, window, context) for context in LENGTHS)
     chunks = (LENGTHS[1] - LENGTHS[0]) // CHUNK
-    # mka and fmka score the summary of every chunk, and mka every session slot: some numbers for each, no key.
+    # mka and fmka score the summary of every chunk, and mka every session slot: some numbers for
+    # each, no key.
     scores = 64 * GROUPS * chunks if kind in ("mka", "fmka") else 0
     assert 0 <= long - short <= scores

@@ -1,4 +1,5 @@
-"""Attention with its log-sum-exp against the plain formula, on the fused kernel and where there is none."""
+"""Attention with its log-sum-exp against the plain formula, on the fused kernel and where there is
+none."""
 
 import pytest
 import torch
@@ -16,12 +17,16 @@ def on(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "FUSED", devices)
 
 
-def inputs(groups: int, causal: bool, width: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def inputs(
+    groups: int, causal: bool, width: int = 6
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """2 rows, 4 heads, 7 queries; under a mask query 2 sees nothing."""
     generator = torch.Generator().manual_seed(groups)
     slots = 7 if causal else 9
     shapes = (2, 4, 7, width), (2, groups, slots, width), (2, groups, slots, width)
-    q, k, v = (torch.randn(x, generator=generator, dtype=torch.float64).requires_grad_() for x in shapes)
+    q, k, v = (
+        torch.randn(x, generator=generator, dtype=torch.float64).requires_grad_() for x in shapes
+    )
     mask = torch.rand(2, 1, 7, 9, generator=generator) > 0.4
     mask[:, :, 2] = False
     return q, k, v, None if causal else mask
@@ -37,9 +42,13 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor,
 @every_way
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("causal", [True, False])
-def test_values_log_sums_and_the_gradients_of_both(groups: int, causal: bool, devices: tuple[str, ...]) -> None:
+def test_values_log_sums_and_the_gradients_of_both(
+    groups: int, causal: bool, devices: tuple[str, ...]
+) -> None:
     q, k, v, mask = inputs(groups, causal)
-    for ours, theirs in zip(attention_with_lse(q, k, v, mask, 0.3), plain(q, k, v, mask), strict=True):
+    for ours, theirs in zip(
+        attention_with_lse(q, k, v, mask, 0.3), plain(q, k, v, mask), strict=True
+    ):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-13)
 
     def finite(*qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,10 +87,15 @@ def test_halves_stay_near_float64(dtype: torch.dtype, devices: tuple[str, ...]) 
 @every_way
 def test_inputs_may_lie_anyhow(devices: tuple[str, ...]) -> None:
     q, k, v, mask = inputs(4, causal=False)
-    across = [x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for x in (q, k, v)]
+    across = [
+        x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
+        for x in (q, k, v)
+    ]
     ours, theirs = attention_with_lse(*across, mask, 0.3), attention_with_lse(q, k, v, mask, 0.3)
     assert torch.equal(ours[0], theirs[0])
     for a, b in zip(
-        torch.autograd.grad(ours[0].sum(), across), torch.autograd.grad(theirs[0].sum(), [q, k, v]), strict=True
+        torch.autograd.grad(ours[0].sum(), across),
+        torch.autograd.grad(theirs[0].sum(), [q, k, v]),
+        strict=True,
     ):
         assert torch.allclose(a, b, rtol=0, atol=1e-13)

@@ -10,7 +10,9 @@ from mka.ops.fused import attention_with_lse
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; there is none here"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device; there is none here"
+    ),
 ]
 ALLOWED = TOLERANCE | dict.fromkeys((torch.bfloat16, torch.float16), RELATIVE_RMS[torch.bfloat16])
 SEEDS = torch.Generator()
@@ -28,16 +30,25 @@ def masks(kind: str, tokens: int, slots: int) -> Tensor | None:
     """Query 2 sees nothing, where a mask says what is seen."""
     if kind == "causal":
         return None
-    shape = {"one for all": (tokens, slots), "each row's": (2, 1, tokens, slots), "each head's": (2, 4, tokens, slots)}
+    shape = {
+        "one for all": (tokens, slots),
+        "each row's": (2, 1, tokens, slots),
+        "each head's": (2, 4, tokens, slots),
+    }
     mask = torch.rand(shape[kind], generator=SEEDS) > 0.4
     mask[..., 2, :] = False
     return mask
 
 
-def results(qkv: tuple[Tensor, ...], mask: Tensor | None, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """Values, log-sum-exps where there is something to see, and the gradients of q, k and v, of both."""
+def results(
+    qkv: tuple[Tensor, ...], mask: Tensor | None, device: str, dtype: torch.dtype
+) -> list[Tensor]:
+    """Values, log-sum-exps where there is something to see, and the gradients of q, k and v, of
+    both."""
     leaves = [x.to(device, dtype).requires_grad_() for x in qkv]
-    o, lse = attention_with_lse(*(x.transpose(1, 2) for x in leaves), None if mask is None else mask.to(device), 0.3)
+    o, lse = attention_with_lse(
+        *(x.transpose(1, 2) for x in leaves), None if mask is None else mask.to(device), 0.3
+    )
     seen = lse > -torch.inf
     total = o.double().sin().sum() + lse[seen].double().sin().sum()
     assert (~seen).any() == (mask is not None)
@@ -64,7 +75,9 @@ def test_values_log_sums_and_gradients(
 def test_float64_has_no_kernel_and_is_as_right() -> None:
     qkv, mask = inputs(33, 64, 2, 16), masks("one for all", 33, 64)
     assert not fused.is_fused(qkv[0].cuda())
-    for a, b in zip(*(results(qkv, mask, device, torch.float64) for device in ("cpu", "cuda")), strict=True):
+    for a, b in zip(
+        *(results(qkv, mask, device, torch.float64) for device in ("cpu", "cuda")), strict=True
+    ):
         assert torch.allclose(a, b, rtol=0, atol=TOLERANCE[torch.float64])
 
 
@@ -82,7 +95,10 @@ def test_inputs_may_lie_anyhow() -> None:
 
 def test_scores_are_not_stored() -> None:
     """4,096 queries and keys of 8 heads would be 512 MiB of scores."""
-    q, k, v = (torch.randn(1, 8, 4096, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    q, k, v = (
+        torch.randn(1, 8, 4096, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for _ in range(3)
+    )
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     o, lse = attention_with_lse(q, k, v, None, 0.125)

@@ -1,4 +1,5 @@
-"""No T x T tensor is stored: the largest tensor of forward and backward, and the largest saved one, are linear in T."""
+"""No T x T tensor is stored: the largest tensor of forward and backward, and the largest saved one,
+are linear in T."""
 
 from typing import Any
 
@@ -26,12 +27,15 @@ class LargestOutput(TorchDispatchMode):
         out = func(*args, **kwargs or {})
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                self.numel = max(self.numel, min(leaf.numel(), leaf.untyped_storage().nbytes() // leaf.itemsize))
+                self.numel = max(
+                    self.numel, min(leaf.numel(), leaf.untyped_storage().nbytes() // leaf.itemsize)
+                )
         return out
 
 
 def largest(run: Any) -> tuple[int, int]:
-    """Elements of the largest tensor computed and of the largest saved for the backward pass of run()."""
+    """Elements of the largest tensor computed and of the largest saved for the backward pass of
+    run()."""
     saved = [0]
 
     def pack(x: Tensor) -> Tensor:
@@ -51,9 +55,12 @@ def test_the_largest_tensor_doubles_when_the_row_doubles(kind: str, window: int 
         options.pop("num_kv_heads", None)
     torch.manual_seed(0)
     attn = build_attention(kind, hidden_size=32, num_heads=4, **options)
-    sizes = [largest(lambda t=tokens: attn(torch.randn(1, t, 32))[0]) for tokens in (1024, 2048, 4096)]
+    sizes = [
+        largest(lambda t=tokens: attn(torch.randn(1, t, 32))[0]) for tokens in (1024, 2048, 4096)
+    ]
     for short, middle, long in zip(*sizes, strict=True):
-        # The growth doubles, where that of a quadratic tensor would be fourfold; blocks of a window are one fewer.
+        # The growth doubles, where that of a quadratic tensor would be fourfold; blocks of a window
+        # are one fewer.
         assert long - middle <= 2 * (middle - short)
         # No quadratic tensor hides under a larger linear one.
         assert long < 4096 * 4096 // 8

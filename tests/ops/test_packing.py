@@ -9,7 +9,9 @@ from mka.ops.packing import packing
 
 any_padding = given(
     st.integers(1, 12).flatmap(
-        lambda tokens: st.lists(st.lists(st.booleans(), min_size=tokens, max_size=tokens), min_size=1, max_size=4)
+        lambda tokens: st.lists(
+            st.lists(st.booleans(), min_size=tokens, max_size=tokens), min_size=1, max_size=4
+        )
     ),
     st.lists(st.integers(1, 3), max_size=2),
 )
@@ -57,7 +59,9 @@ def test_valid_tokens_come_first_and_in_order(bits: list[list[bool]], rest: list
 
 @quickly
 @any_padding
-def test_what_stands_at_padding_never_comes_through(bits: list[list[bool]], rest: list[int]) -> None:
+def test_what_stands_at_padding_never_comes_through(
+    bits: list[list[bool]], rest: list[int]
+) -> None:
     valid = torch.tensor(bits)
     x, rows = numbered(valid, rest), packing(valid)
     poisoned = x.where(spread(valid, x), torch.nan).requires_grad_()

@@ -9,14 +9,18 @@ from mka.ops.rotary import RotaryEmbedding
 
 
 def heads(size: int, tokens: int = 7, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(2, tokens, 3, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        2, tokens, 3, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("size", [2, 4, 10, 64])
 @pytest.mark.parametrize("base", [10.0, 10000.0])
 def test_equals_complex_multiplication(size: int, base: float) -> None:
     x, positions = heads(size), torch.tensor([0, 1, 5, 2, 100, 4095, 7])
-    frequencies = torch.tensor([base ** (-2 * i / size) for i in range(size // 2)], dtype=torch.float64)
+    frequencies = torch.tensor(
+        [base ** (-2 * i / size) for i in range(size // 2)], dtype=torch.float64
+    )
     angle = positions[:, None].double() * frequencies
     pairs = torch.complex(x[..., : size // 2], x[..., size // 2 :])
     turned = pairs * torch.polar(torch.ones_like(angle), angle)[None, :, None]
@@ -58,5 +62,5 @@ def test_angles_are_computed_in_float32_whatever_the_dtype_and_autocast(dtype: t
 
 @pytest.mark.parametrize("size", [-2, 0, 1, 3, 7])
 def test_an_odd_head_is_refused_in_one_line(size: int) -> None:
-    with pytest.raises(ValueError, match=rf"^head_dim is {size}; .*even number from 2 up$"):
+    with pytest.raises(ValueError, match=rf"^head_dim is {size}; .*even number of at least 2$"):
         RotaryEmbedding(size)

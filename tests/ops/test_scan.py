@@ -20,7 +20,8 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
 
 
 def loop(x: Tensor, decay: Tensor) -> Tensor:
-    """Sums and weights token by token; the specification's m / (1 - a^n) loses digits where a is near 1."""
+    """Sums and weights token by token; the specification's m / (1 - a^n) loses digits where a is
+    near 1."""
     total, weight, means = torch.zeros_like(x[:, 0]), torch.zeros_like(decay), []
     for t in range(x.shape[1]):
         total, weight = decay * total + x[:, t], decay * weight + 1
@@ -35,7 +36,9 @@ def test_equals_the_loop_forward_and_backward(tokens: int, dtype: torch.dtype) -
     exact_x, exact_decay = (p.detach().double().requires_grad_() for p in (x, decay))
     fast, slow = causal_average(x, decay), loop(exact_x, exact_decay)
     close(fast, slow.to(dtype))
-    direction = torch.randn(slow.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    direction = torch.randn(
+        slow.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     grads = torch.autograd.grad(fast, [x, decay], direction.to(dtype))
     expected = torch.autograd.grad(slow, [exact_x, exact_decay], direction)
     for a, b in zip(grads, expected, strict=True):

@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 
-from mka.config import ATTENTION_TITLES
-from mka.observations import Cost, Routing, write_costs, write_routing
-from mka.results import CurvePoint, Result, append_result, write_curve
+from mka.record.mechanisms import MECHANISMS
+from mka.record.results import (
+    Cost,
+    CurvePoint,
+    Result,
+    Routing,
+    append_result,
+    write_costs,
+    write_curve,
+    write_routing,
+)
 
 MakeResult = Callable[..., Result]
 FillFolder = Callable[..., Path]
@@ -18,7 +26,7 @@ FillFolder = Callable[..., Path]
 
 def build_result(kind: str = "mka", seed: int = 0, **changes: Any) -> Result:
     noise = random.Random(f"{kind} {seed}")
-    order = list(ATTENTION_TITLES).index(kind) if kind in ATTENTION_TITLES else 0
+    order = list(MECHANISMS).index(kind) if kind in MECHANISMS else 0
     loss = 4.5 + 0.02 * order + noise.gauss(0, 0.01)
     values: dict[str, Any] = {
         "attention_type": kind,
@@ -84,7 +92,9 @@ def build_costs(kinds: Sequence[str]) -> list[Cost]:
     ]
 
 
-def build_routing(kind: str, seed: int, words: Sequence[str] = ("def ", "<b>", "\n", "x & y", "|")) -> Routing:
+def build_routing(
+    kind: str, seed: int, words: Sequence[str] = ("def ", "<b>", "\n", "x & y", "|")
+) -> Routing:
     noise = random.Random(f"routing {kind} {seed}")
 
     def shares() -> list[float]:
@@ -112,7 +122,10 @@ def fill_folder(tmp_path: Path) -> FillFolder:
     """Fill a folder with results and curves of some mechanisms (all) and seeds (one)."""
 
     def fill(
-        name: str = "run", kinds: Sequence[str] = tuple(ATTENTION_TITLES), seeds: Sequence[int] = (0,), **changes: Any
+        name: str = "run",
+        kinds: Sequence[str] = tuple(MECHANISMS),
+        seeds: Sequence[int] = (0,),
+        **changes: Any,
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir()
@@ -128,7 +141,9 @@ def fill_folder(tmp_path: Path) -> FillFolder:
 def full_folder(fill_folder: FillFolder) -> FillFolder:
     """The same with costs and routings."""
 
-    def fill(name: str = "run", kinds: Sequence[str] = tuple(ATTENTION_TITLES), seeds: Sequence[int] = (0,)) -> Path:
+    def fill(
+        name: str = "run", kinds: Sequence[str] = tuple(MECHANISMS), seeds: Sequence[int] = (0,)
+    ) -> Path:
         folder = fill_folder(name, kinds, seeds)
         write_costs(folder, build_costs(kinds))
         for kind in set(kinds) & {"mka", "fmka"}:

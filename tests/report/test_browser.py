@@ -1,4 +1,5 @@
-"""The page in a real headless Chromium: no errors, both widths, sorting, hovering, the keyboard, dark, paper."""
+"""The page in a real headless Chromium: no errors, both widths, sorting, hovering, the keyboard,
+dark, paper."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from selenium.webdriver.remote.webelement import WebElement
 from mka.report import read_runs, write_pages
 
 FillFolder = Callable[..., Path]
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.browser,
@@ -30,7 +33,13 @@ pytestmark = [
 def chromium() -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(BROWSER)
-    for word in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
+    for word in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "hide-scrollbars",
+    ):
         options.add_argument(f"--{word}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
@@ -71,7 +80,7 @@ def test_nothing_is_wrong_and_nothing_overflows(page: Any, width: int, tmp_path:
     try:
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
         assert page.save_screenshot(str(tmp_path / f"{width}.png"))
-        for chart in page.find_elements(By.CSS_SELECTOR, "svg.chart"):
+        for chart in page.find_elements(By.CSS_SELECTOR, ".chart svg"):
             assert 0 < chart.rect["width"] <= width
             assert chart.rect["height"] > 100
         assert page.get_log("browser") == []
@@ -96,19 +105,21 @@ def test_words_sort_by_the_alphabet_and_what_has_no_number_comes_last(page: Any)
     head, cells = column(page, "Mechanism")
     head.find_element(By.TAG_NAME, "button").send_keys(Keys.ENTER)
     assert cells() == sorted(cells())
-    head, cells = column(page, "Eval loss - baseline's")
+    head, cells = column(page, "Eval loss vs. baseline")
     for _ in range(2):
         head.find_element(By.TAG_NAME, "button").send_keys(Keys.SPACE)
         assert cells()[-1] == "", "mha, which the others are set against"
 
 
 def test_pointing_at_a_mark_shows_its_words(page: Any) -> None:
-    for place in ("#quality-cache", "#cost-time", ".heat"):
-        mark = page.find_element(By.CSS_SELECTOR, f"{place} .point")
-        page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", mark)
+    for place in ("#perplexity-cache", "#cost-time", ".heat"):
+        mark = page.find_element(By.CSS_SELECTOR, f"{place} path[aria-label]")
+        page.execute_script(
+            "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", mark
+        )
         ActionChains(page).move_to_element(mark).perform()
         assert tip(page), place
-        words = page.execute_script("return document.querySelector('.point.on').dataset.words")
+        words = page.find_element(By.CSS_SELECTOR, ".on").get_attribute("aria-label")
         assert tip(page) == words
     page.execute_script("scrollTo({top: 0, behavior: 'instant'})")
     ActionChains(page).move_to_element(page.find_element(By.TAG_NAME, "h1")).perform()
@@ -117,8 +128,10 @@ def test_pointing_at_a_mark_shows_its_words(page: Any) -> None:
 
 
 def test_arrow_keys_walk_over_the_marks_of_the_figure_in_focus(page: Any) -> None:
-    chart = page.find_element(By.CSS_SELECTOR, "#quality-cache svg")
-    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
+    chart = page.find_element(By.CSS_SELECTOR, "#perplexity-cache .chart")
+    page.execute_script(
+        "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart
+    )
     page.execute_script("arguments[0].focus({preventScroll: true})", chart)
     seen = []
     for _ in range(3):
@@ -131,12 +144,15 @@ def test_arrow_keys_walk_over_the_marks_of_the_figure_in_focus(page: Any) -> Non
 
 
 def test_the_words_stay_beside_their_mark_while_the_page_scrolls(page: Any) -> None:
-    chart = page.find_element(By.CSS_SELECTOR, "#quality-cache svg")
-    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
+    chart = page.find_element(By.CSS_SELECTOR, "#perplexity-cache .chart")
+    page.execute_script(
+        "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart
+    )
     page.execute_script("arguments[0].focus({preventScroll: true})", chart)
     ActionChains(page).send_keys(Keys.ARROW_RIGHT).perform()
     distance = """
-        const [mark, tip] = [".point.on", "#tip"].map((name) => document.querySelector(name).getBoundingClientRect());
+        const box = (name) => document.querySelector(name).getBoundingClientRect();
+        const [mark, tip] = [box(".on"), box("#tip")];
         return Math.abs(mark.top - tip.bottom);
     """
     before = page.execute_script(distance)
@@ -170,13 +186,20 @@ def test_text_stands_out_from_the_ground(page: Any, scheme: str) -> None:
             return found;
         """
         parts = [value / 255 for value in page.execute_script(script, name)]
-        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        linear = [
+            part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        ]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     try:
         ground = shade("ground")
         assert (ground < 0.1) == (scheme == "dark")
-        for name, least in {"text": 7, "soft": 4.5, "accent": 4.5, **dict.fromkeys(("mha", "mqa", "mka"), 3)}.items():
+        for name, least in {
+            "text": 7,
+            "soft": 4.5,
+            "accent": 4.5,
+            **dict.fromkeys(("mha", "mqa", "mka"), 3),
+        }.items():
             lighter, darker = sorted((ground, shade(name)), reverse=True)
             assert (lighter + 0.05) / (darker + 0.05) >= least, name
     finally:
@@ -184,6 +207,8 @@ def test_text_stands_out_from_the_ground(page: Any, scheme: str) -> None:
 
 
 def test_it_prints(page: Any) -> None:
-    printed = page.execute_cdp_cmd("Page.printToPDF", {"printBackground": True, "preferCSSPageSize": True})
+    printed = page.execute_cdp_cmd(
+        "Page.printToPDF", {"printBackground": True, "preferCSSPageSize": True}
+    )
     assert len(printed["data"]) > 20_000
     assert page.get_log("browser") == []

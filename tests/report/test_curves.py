@@ -2,18 +2,25 @@
 
 import pytest
 
-from mka.report.curves import cut, mean_curve, smooth
-from mka.results import CurvePoint
+from mka.record.results import CurvePoint
+from mka.report.runs import cut, mean_curve, smooth
 
 
-def point(step: int, train: float | None, held_out: float | None = None, seconds: float = 1.0) -> CurvePoint:
-    return CurvePoint(step=step, tokens=10 * step, seconds=seconds * step, train_loss=train, eval_loss=held_out)
+def point(
+    step: int, train: float | None, held_out: float | None = None, seconds: float = 1.0
+) -> CurvePoint:
+    return CurvePoint(
+        step=step, tokens=10 * step, seconds=seconds * step, train_loss=train, eval_loss=held_out
+    )
 
 
 def test_mean_curve_is_over_the_steps_that_all_seeds_hold() -> None:
     short = [point(1, 4.0), point(2, 3.0, 3.5)]
     long = [point(1, 6.0, seconds=3.0), point(2, 5.0, 4.5, seconds=3.0), point(3, 1.0)]
-    assert mean_curve([long, [], short]) == [point(1, 5.0, seconds=2.0), point(2, 4.0, 4.0, seconds=2.0)]
+    assert mean_curve([long, [], short]) == [
+        point(1, 5.0, seconds=2.0),
+        point(2, 4.0, 4.0, seconds=2.0),
+    ]
 
 
 def test_a_value_that_one_seed_lacks_is_not_averaged() -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from mka.config import ATTENTION_TITLES
-from mka.limits import InputError
+from mka.errors import InputError
+from mka.record.mechanisms import MECHANISMS
+from mka.record.results import Result
 from mka.report import Mean, latest, summarise
-from mka.results import Result
 
 MakeResult = Callable[..., Result]
 
@@ -24,7 +24,9 @@ def test_mean_and_sample_standard_deviation(make_result: MakeResult) -> None:
 
 
 def test_perplexity_is_the_mean_of_perplexities(make_result: MakeResult) -> None:
-    (summary,) = summarise([make_result(seed=0, perplexity=80.0), make_result(seed=1, perplexity=100.0)])
+    (summary,) = summarise(
+        [make_result(seed=0, perplexity=80.0), make_result(seed=1, perplexity=100.0)]
+    )
     assert summary.perplexity.value == pytest.approx(90.0)
 
 
@@ -35,7 +37,9 @@ def test_one_seed_has_no_spread(make_result: MakeResult) -> None:
 
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_has_no_spread(make_result: MakeResult, spoilt: float) -> None:
-    (summary,) = summarise([make_result(seed=0, train_loss=spoilt), make_result(seed=1, train_loss=4.0)])
+    (summary,) = summarise(
+        [make_result(seed=0, train_loss=spoilt), make_result(seed=1, train_loss=4.0)]
+    )
     assert not math.isfinite(summary.train_loss.value)
     assert summary.train_loss.spread is None
 
@@ -52,17 +56,21 @@ def test_memory_is_none_unless_every_seed_measured_it(make_result: MakeResult) -
 
 
 def test_order_is_that_of_the_titles(make_result: MakeResult) -> None:
-    rows = [make_result(kind, seed) for kind in ATTENTION_TITLES for seed in (2, 0)]
+    rows = [make_result(kind, seed) for kind in MECHANISMS for seed in (2, 0)]
     random.Random(0).shuffle(rows)
     summaries = summarise(rows)
-    assert [summary.attention_type for summary in summaries] == list(ATTENTION_TITLES)
+    assert [summary.attention_type for summary in summaries] == list(MECHANISMS)
     assert all(summary.seeds == (0, 2) for summary in summaries)
     assert summaries[4].name == "MKA"
-    assert summaries[4].title == ATTENTION_TITLES["mka"]
+    assert summaries[4].title == MECHANISMS["mka"].title
 
 
 def test_the_last_of_a_repeated_seed_counts(make_result: MakeResult) -> None:
-    rows = [make_result(eval_loss=9.0), make_result(seed=1, eval_loss=5.0), make_result(eval_loss=4.0)]
+    rows = [
+        make_result(eval_loss=9.0),
+        make_result(seed=1, eval_loss=5.0),
+        make_result(eval_loss=4.0),
+    ]
     assert [row.eval_loss for row in latest(rows)] == [4.0, 5.0]
     assert summarise(rows)[0].eval_loss.value == pytest.approx(4.5)
 

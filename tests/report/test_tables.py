@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import pytest
 from rich.console import Console
 
-from mka.config import ATTENTION_TITLES
+from mka.record.mechanisms import MECHANISMS
+from mka.record.results import Result
 from mka.report import Summary, console_table, markdown_table, result_lines, summarise
-from mka.results import Result
 
 MakeResult = Callable[..., Result]
 
@@ -71,7 +71,7 @@ def test_markdown_spread_over_seeds(make_result: MakeResult) -> None:
 
 
 def test_no_row_is_marked_as_the_winner(make_result: MakeResult) -> None:
-    table = markdown_table(summarise(make_result(kind) for kind in ATTENTION_TITLES))
+    table = markdown_table(summarise(make_result(kind) for kind in MECHANISMS))
     assert "*" not in table
 
 
@@ -89,7 +89,7 @@ def test_the_terminal_table_is_whole_at_100_columns(
             parameters=5_273_344 * (25 if scale > 1 else 1),
             cache_bytes_per_token=4096.0 * (9 if scale > 1 else 1),
         )
-        for kind in ATTENTION_TITLES
+        for kind in MECHANISMS
         for seed in seeds
     ]
     summaries = summarise(rows)
@@ -124,8 +124,12 @@ def test_result_lines(make_result: MakeResult) -> None:
     ]
 
 
-def test_result_lines_name_the_seed_among_several_and_skipped_steps(make_result: MakeResult) -> None:
-    lines = result_lines(make_result(seed=3, config={"seeds": [2, 3]}, memory_allocated=None, skipped_steps=4))
+def test_result_lines_name_the_seed_among_several_and_skipped_steps(
+    make_result: MakeResult,
+) -> None:
+    lines = result_lines(
+        make_result(seed=3, config={"seeds": [2, 3]}, memory_allocated=None, skipped_steps=4)
+    )
     assert lines[0] == "📊 Results for MKA (seed 3):"
     assert "  Memory Allocated: n/a" in lines
     assert lines[-1] == "  Skipped Steps: 4"

@@ -1,6 +1,8 @@
-"""What a child process does: the benchmark on the tiny preset, with a signal at a chosen call of a chosen function.
+"""What a child process does: the benchmark on the tiny preset, with a signal at a chosen call of a
+chosen function.
 
-The file is imported by a fork server's children and started as a script by torchrun, with a job as its JSON argument.
+The file is imported by a fork server's children and started as a script by torchrun, with a job as
+its JSON argument.
 """
 
 import json
@@ -31,11 +33,11 @@ WATCHED: tuple[str, ...] = (
     "mka.experiments.benchmark.write_curve",
     "mka.experiments.benchmark.append_result",
     "mka.experiments.folder.write_json",
-    "mka.folders.write_manifest",
-    "mka.folders.write_atomically",
+    "mka.record.folders.write_manifest",
+    "mka.record.folders.write_atomically",
     "mka.storage.replace_folder",
-    "mka.results.write_all",
-    "mka.cli.result_lines",
+    "mka.record.results.write_all",
+    "mka.report.result_lines",
     "mka.data.tokens.write_split",
     "mka.data.tokens.bytes_of_tokens",
 )
@@ -46,7 +48,8 @@ Moment = Literal["before", "within", "after"]
 
 @dataclass(frozen=True)
 class Instant:
-    """The `call`-th call of a function (1, 2, ...) on one rank. With `once`, a path, only where that is no file yet."""
+    """The `call`-th call of a function (1, 2, ...) on one rank. With `once`, a path, only where
+    that is no file yet."""
 
     function: str
     call: int
@@ -65,7 +68,8 @@ class Instant:
 
 
 def tell_parent(number: int) -> None:
-    """Send the parent a signal and wait until it has passed it on: the training is over too soon otherwise."""
+    """Send the parent a signal and wait until it has passed it on: the training is over too soon
+    otherwise."""
     received: list[int] = []
     handler: Any = signal.getsignal(number)
 
@@ -82,9 +86,11 @@ def tell_parent(number: int) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """One command: its arguments, the folder that its output and its token cache lie in, and what befalls it.
+    """One command: its arguments, the folder that its output and its token cache lie in, and what
+    befalls it.
 
-    `late_rank` takes two seconds longer than the others to come back when torchrun has restarted them."""
+    `late_rank` takes two seconds longer than the others to come back when torchrun has restarted
+    them."""
 
     home: str
     arguments: tuple[str, ...]
@@ -103,7 +109,9 @@ def to_json(job: Job) -> str:
 
 def from_json(text: str) -> Job:
     fields = json.loads(text)
-    instant = fields["instant"] and Instant(**fields["instant"] | {"signals": tuple(fields["instant"]["signals"])})
+    instant = fields["instant"] and Instant(
+        **fields["instant"] | {"signals": tuple(fields["instant"]["signals"])}
+    )
     return Job(**fields | {"instant": instant, "arguments": tuple(fields["arguments"])})
 
 
@@ -115,11 +123,14 @@ def replace_function(name: str, make: Callable[[Callable[..., Any]], Callable[..
 
 
 def cut_next_write(arguments: tuple[Any, ...]) -> None:
-    """From here on the kernel ends this process in the middle of a write, as it does with a quota."""
+    """From here on the kernel ends this process in the middle of a write, as it does with a
+    quota."""
     size = arguments[0].seek(0, os.SEEK_END) if hasattr(arguments[0], "seek") else 0
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + CUT_AT, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (size + CUT_AT, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    )
 
 
 def watch(name: str, counts: dict[str, int], instant: Instant | None) -> None:
@@ -130,7 +141,11 @@ def watch(name: str, counts: dict[str, int], instant: Instant | None) -> None:
 
         def watched(*arguments: Any, **named: Any) -> Any:
             number = counts[name] = next(calls)
-            now = instant.moment if instant and instant.function == name and instant.call == number else None
+            now = (
+                instant.moment
+                if instant and instant.function == name and instant.call == number
+                else None
+            )
             if instant and now == "before":
                 instant.strike()
             if now == "within":
@@ -163,11 +178,12 @@ def come_late(job: Job) -> None:
 
 
 def carry_out(job: Job) -> int:
-    """Run the command; returns its exit status. The first rank leaves the counts of calls behind."""
+    """Run the command; returns its exit status. The first rank leaves the counts of calls
+    behind."""
     import torch
 
     from mka import cli
-    from mka.config import PRESETS
+    from mka.record.config import PRESETS
     from resume.defects import plant
     from tiny_runs import TINY
 

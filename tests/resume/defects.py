@@ -1,4 +1,5 @@
-"""Defects of going on, planted in a child process: the comparison of bytes has to notice each of them."""
+"""Defects of going on, planted in a child process: the comparison of bytes has to notice each of
+them."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +18,9 @@ def forget_moments() -> None:
     """AdamW goes on with empty moments."""
     load = TorchEngine.load
 
-    def load_nothing(self: TorchEngine, optimizer: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
+    def load_nothing(
+        self: TorchEngine, optimizer: dict[str, torch.Tensor], rest: dict[str, Any]
+    ) -> None:
         load(self, {name: torch.zeros_like(values) for name, values in optimizer.items()}, rest)
 
     TorchEngine.load = load_nothing
@@ -27,8 +30,14 @@ def forget_update_counts() -> None:
     """AdamW goes on with its moments but takes the first step for its first."""
     load = TorchEngine.load
 
-    def load_moments(self: TorchEngine, optimizer: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
-        zeros = {name: torch.zeros_like(values) for name, values in optimizer.items() if name.endswith(".step")}
+    def load_moments(
+        self: TorchEngine, optimizer: dict[str, torch.Tensor], rest: dict[str, Any]
+    ) -> None:
+        zeros = {
+            name: torch.zeros_like(values)
+            for name, values in optimizer.items()
+            if name.endswith(".step")
+        }
         load(self, optimizer | zeros, rest)
 
     TorchEngine.load = load_moments

@@ -55,11 +55,13 @@ def checkpoint(case: Case, step: int) -> Path:
         for damage in (truncate, flip_one_bit, Path.unlink)
     ],
 )
-def test_the_one_before_is_used(whole: Case, copy: Case, name: str, damage: Callable[[Path], None]) -> None:
+def test_the_one_before_is_used(
+    whole: Case, copy: Case, name: str, damage: Callable[[Path], None]
+) -> None:
     damage(checkpoint(copy, 6) / name)
     printed = copy.go_on().printed
     assert f"checkpoint {checkpoint(copy, 6)} is skipped: {name} " in printed
-    assert "Going on after step 3 of 12" in printed
+    assert "Resuming after step 3 of 12" in printed
     assert copy.outcome() == whole.outcome()
 
 
@@ -79,7 +81,8 @@ def test_a_training_without_a_whole_checkpoint_starts_anew(
 def test_damage_that_is_not_looked_for_is_noticed_in_the_end(whole: Case, copy: Case) -> None:
     """Or the tests above could pass without a checksum."""
     flip_one_bit(checkpoint(copy, 6) / "model.safetensors")
-    assert "Going on after step 6" in copy.go_on(defect="believe_every_file").printed
+    assert "Resuming after step 6" in copy.go_on(defect="believe_every_file").printed
     assert (
-        copy.outcome().weights["mha-seed0/model.safetensors"] != whole.outcome().weights["mha-seed0/model.safetensors"]
+        copy.outcome().weights["mha-seed0/model.safetensors"]
+        != whole.outcome().weights["mha-seed0/model.safetensors"]
     )

@@ -1,4 +1,5 @@
-"""Going on in a wrong way, planted on purpose, does not end with the same bytes: the other tests would fail."""
+"""Going on in a wrong way, planted on purpose, does not end with the same bytes: the other tests
+would fail."""
 
 from dataclasses import fields
 
@@ -18,18 +19,25 @@ QUICK = ("forget_moments", "one_step_back")
 
 
 @pytest.mark.parametrize(
-    "defect", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NOTICED]
+    "defect",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NOTICED],
 )
 def test_a_planted_defect_is_noticed(whole: Case, case: Case, defect: str) -> None:
     assert case.start(Instant("mka.training.loop.take_step", 8)).struck
     case.go_on(defect=defect)
     ours, expected = case.outcome(), whole.outcome()
-    different = {field.name for field in fields(ours) if getattr(ours, field.name) != getattr(expected, field.name)}
+    different = {
+        field.name
+        for field in fields(ours)
+        if getattr(ours, field.name) != getattr(expected, field.name)
+    }
     assert different == NOTICED[defect]
 
 
 @pytest.mark.slow
-def test_a_defect_of_going_on_does_not_touch_a_run_that_is_not_interrupted(whole: Case, case: Case) -> None:
+def test_a_defect_of_going_on_does_not_touch_a_run_that_is_not_interrupted(
+    whole: Case, case: Case
+) -> None:
     """So what the tests above notice is the going on, not the planting."""
     case.go_on(defect="forget_moments")
     assert case.outcome() == whole.outcome()

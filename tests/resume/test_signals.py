@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C: the step is finished and saved, the status says which, and going on ends with the same bytes."""
+"""SIGTERM and Ctrl-C: the step is finished and saved, the status says which, and going on ends with
+the same bytes."""
 
 import os
 import signal
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mka.results import results_path
+from mka.record.results import RunFolder
 from resume.child import Instant
 from resume.runs import PATIENCE, Case
 from tiny_runs import BENCHMARK_SCRIPT, fingerprint, write_corpus
@@ -22,22 +23,42 @@ STEP, SAVE = "mka.training.loop.take_step", "mka.training.checkpoint.save_file"
     [
         pytest.param(TERM, 143, STEP, 5, [3, 5], id="SIGTERM in step 5"),
         pytest.param(INT, 130, SAVE, 1, [3, 4], id="SIGINT in the save after step 3"),
-        pytest.param(TERM, 143, SAVE, 1, [3, 4], id="SIGTERM in the save after step 3", marks=pytest.mark.slow),
-        pytest.param(TERM, 143, STEP, 6, [3, 6], id="SIGTERM in a step with a save", marks=pytest.mark.slow),
+        pytest.param(
+            TERM,
+            143,
+            SAVE,
+            1,
+            [3, 4],
+            id="SIGTERM in the save after step 3",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            TERM, 143, STEP, 6, [3, 6], id="SIGTERM in a step with a save", marks=pytest.mark.slow
+        ),
         pytest.param(INT, 130, STEP, 5, [3, 5], id="SIGINT in step 5", marks=pytest.mark.slow),
-        pytest.param(TERM, 143, STEP, 12, [9, 12], id="SIGTERM in the last step", marks=pytest.mark.slow),
+        pytest.param(
+            TERM, 143, STEP, 12, [9, 12], id="SIGTERM in the last step", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_one_signal(
-    whole: Case, case: Case, signals: tuple[int, ...], status: int, function: str, call: int, steps: list[int]
+    whole: Case,
+    case: Case,
+    signals: tuple[int, ...],
+    status: int,
+    function: str,
+    call: int,
+    steps: list[int],
 ) -> None:
     stopped = case.start(Instant(function, call, signals=signals))
     assert stopped.statuses == [status]
     last = stopped.printed.splitlines()[-1]
-    assert last.startswith(f"benchmark.py: interrupted after step {steps[-1]} of 12; run the same command again")
+    assert last.startswith(
+        f"benchmark.py: interrupted after step {steps[-1]} of 12; run the same command again"
+    )
     assert "Traceback" not in stopped.printed
     assert case.checkpoints("mha") == steps
-    assert f"Going on after step {steps[-1]} of 12" in case.go_on().printed
+    assert f"Resuming after step {steps[-1]} of 12" in case.go_on().printed
     assert case.outcome() == whole.outcome()
 
 
@@ -47,8 +68,15 @@ def test_one_signal(
         pytest.param("mka.storage.sync_file", 12, id="in a save"),
         pytest.param(STEP, 5, id="in a step", marks=pytest.mark.slow),
         pytest.param(SAVE, 3, id="before a save", marks=pytest.mark.slow),
-        pytest.param("mka.experiments.benchmark.append_result", 1, id="before the result", marks=pytest.mark.slow),
-        pytest.param("mka.data.tokens.write_split", 2, id="in the corpus build", marks=pytest.mark.slow),
+        pytest.param(
+            "mka.experiments.benchmark.append_result",
+            1,
+            id="before the result",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "mka.data.tokens.write_split", 2, id="in the corpus build", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_ctrl_c_twice(whole: Case, case: Case, function: str, call: int) -> None:
@@ -95,16 +123,36 @@ def test_sigterm_to_torchrun(whole_on_two: Case, case_on_two: Case) -> None:
 @pytest.mark.slow
 def test_sigterm_to_the_real_script(tmp_path: Path) -> None:
     """From outside, at whatever instant it happens to come."""
-    command = [sys.executable, str(BENCHMARK_SCRIPT), "--dataset", "text", "--attention_type", "mqa"]
-    command += ["--text_path", str(write_corpus(tmp_path / "text")), "--sequence_length", "16", "--batch_size", "1"]
+    command = [
+        sys.executable,
+        str(BENCHMARK_SCRIPT),
+        "--dataset",
+        "text",
+        "--attention_type",
+        "mqa",
+    ]
+    command += [
+        "--text_path",
+        str(write_corpus(tmp_path / "text")),
+        "--sequence_length",
+        "16",
+        "--batch_size",
+        "1",
+    ]
     command += ["--max_steps", "200", "--save_steps", "50", "--output_dir"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     undisturbed = [*command, str(tmp_path / "whole")]
-    subprocess.run(undisturbed, env=environment, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        undisturbed, env=environment, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL
+    )
 
     run = tmp_path / "run"
     with subprocess.Popen(
-        [*command, str(run)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, str(run)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         for line in process.stdout or ():
             if line.startswith("  step 40/200"):
@@ -115,11 +163,16 @@ def test_sigterm_to_the_real_script(tmp_path: Path) -> None:
     step = int(complaint.removeprefix("benchmark.py: interrupted after step ").split()[0])
     assert step >= 40
     assert (run / "checkpoints" / "mqa-seed0" / f"step-{step:08d}" / "manifest.json").is_file()
-    assert not results_path(run).exists()
+    assert not RunFolder(run).results.exists()
 
     again = subprocess.run(
-        [*command, str(run)], env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE
+        [*command, str(run)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE,
     )
-    assert f"Going on after step {step} of 200" in again.stdout
+    assert f"Resuming after step {step} of 200" in again.stdout
     assert again.stderr == ""
     assert fingerprint(run / "models") == fingerprint(tmp_path / "whole" / "models")

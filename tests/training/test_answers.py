@@ -27,10 +27,14 @@ def test_the_losses_are_what_they_say():
     batch = RecallBatch(tokens, targets)
     logits = model(tokens, use_cache=False).logits
 
-    answers = torch.stack([-logits[row, t].log_softmax(-1)[token] for row, t, token in due(targets)]).mean()
+    answers = torch.stack(
+        [-logits[row, t].log_softmax(-1)[token] for row, t, token in due(targets)]
+    ).mean()
     text = cross_entropy(logits[:, :-1].reshape(-1, VOCAB), tokens[:, 1:].reshape(-1))
     torch.testing.assert_close(answers_loss(model, batch), answers, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(answers_and_text_loss(model, batch), answers + text, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        answers_and_text_loss(model, batch), answers + text, rtol=1e-12, atol=1e-12
+    )
 
 
 def due(targets: torch.Tensor) -> list[tuple[int, int, int]]:

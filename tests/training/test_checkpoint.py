@@ -15,7 +15,7 @@ import mka
 from disks import files, full_at, no_space
 from mka import storage
 from mka.distributed import Ranks
-from mka.limits import InputError
+from mka.errors import InputError
 from mka.training import Checkpoint, Checkpoints, Precision
 from mka.training.engine import TorchEngine, stored
 
@@ -40,7 +40,10 @@ def test_what_is_read_is_what_was_saved(tmp_path: Path) -> None:
 def test_an_engine_is_the_same_after_a_round_trip(tmp_path: Path, kind: str) -> None:
     """Weights, moments and their counts, and the scaler, which here has grown since the start."""
     engine = TorchEngine(
-        tiny.tiny_model(kind, **tiny.OPTIONS.get(kind, {})), 1e-2, Precision("float16", "cpu"), Ranks()
+        tiny.tiny_model(kind, **tiny.OPTIONS.get(kind, {})),
+        1e-2,
+        Precision("float16", "cpu"),
+        Ranks(),
     )
     engine.scaler.set_growth_interval(2)
     for step in range(3):
@@ -57,7 +60,9 @@ def test_an_engine_is_the_same_after_a_round_trip(tmp_path: Path, kind: str) -> 
         values.data.copy_(found.weights[name])
     again = TorchEngine(model, 1e-2, Precision("float16", "cpu"), Ranks())
     again.load(found.optimizer, found.progress["engine"])
-    tiny.assert_same_checkpoint(Checkpoint(3, *again.state()), Checkpoint(3, weights, optimizer, rest))
+    tiny.assert_same_checkpoint(
+        Checkpoint(3, *again.state()), Checkpoint(3, weights, optimizer, rest)
+    )
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -72,7 +77,9 @@ def test_only_the_newest_stay(tmp_path: Path, keep: int) -> None:
 
 @pytest.mark.parametrize("damage", tiny.DAMAGES)
 @pytest.mark.parametrize("name", tiny.CHECKPOINT_FILES)
-def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
+def test_damage_is_noticed_and_the_one_before_is_used(
+    tmp_path: Path, name: str, damage: str
+) -> None:
     tiny.assert_damage_is_noticed(tmp_path / "mha-seed0", name, damage)
 
 
@@ -83,7 +90,9 @@ def test_where_none_is_whole_nothing_is_used_and_each_is_named(tmp_path: Path) -
         checkpoints.save(tiny.some_checkpoint(step))
         damage(checkpoints.folder / f"step-{step:08d}" / "model.safetensors")
     assert checkpoints.newest(said.append) is None
-    assert [line.split()[1] for line in said] == [str(checkpoints.folder / f"step-{step:08d}") for step in damages]
+    assert [line.split()[1] for line in said] == [
+        str(checkpoints.folder / f"step-{step:08d}") for step in damages
+    ]
 
 
 def test_a_damaged_one_is_replaced_by_a_new_one_of_its_step(tmp_path: Path) -> None:
@@ -115,12 +124,17 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_one_of_another_run_is_refused(tmp_path: Path, change: dict[str, object], said: str) -> None:
+def test_one_of_another_run_is_refused(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
     ours = checkpoints_in(tmp_path)
     ours.save(tiny.some_checkpoint(7))
     with pytest.raises(InputError) as refused:
         Checkpoints(ours.folder, IDENTITY | change).newest(never)
-    assert str(refused.value) == f"checkpoint {ours.folder / 'step-00000007'} is of another run: {said}"
+    assert (
+        str(refused.value)
+        == f"checkpoint {ours.folder / 'step-00000007'} is of another run: {said}"
+    )
 
 
 # ---- disks that are full
@@ -143,11 +157,23 @@ def failing(name: str) -> Callable[[], AbstractContextManager[None]]:
 @pytest.mark.parametrize(
     "disk",
     [full(0), full(100), full(30_000), full(60_000), failing("fsync"), failing("replace")],
-    ids=["nothing fits", "not the header", "half of the weights", "not the progress", "fsync", "replace"],
+    ids=[
+        "nothing fits",
+        "not the header",
+        "half of the weights",
+        "not the progress",
+        "fsync",
+        "replace",
+    ],
 )
-def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, disk: Callable[[], AbstractContextManager[None]]) -> None:
+def test_a_full_disk_leaves_the_last_good_one(
+    tmp_path: Path, disk: Callable[[], AbstractContextManager[None]]
+) -> None:
     """The weights and the moments have 48 KB each, the losses 190 KB."""
-    checkpoints, larger = checkpoints_in(tmp_path, keep=1), tiny.some_checkpoint(9, size=4000, num_losses=10_000)
+    checkpoints, larger = (
+        checkpoints_in(tmp_path, keep=1),
+        tiny.some_checkpoint(9, size=4000, num_losses=10_000),
+    )
     checkpoints.save(tiny.some_checkpoint(7))
     before = files(checkpoints.folder)
     with pytest.raises(OSError, match=r"File too large|No space left"), disk():
@@ -163,7 +189,10 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, disk: Callable[[],
 
 
 def test_exported_weights_are_those_of_the_step_and_outlive_it(tmp_path: Path) -> None:
-    checkpoints, path = checkpoints_in(tmp_path / "checkpoints"), tmp_path / "models" / "mha.safetensors"
+    checkpoints, path = (
+        checkpoints_in(tmp_path / "checkpoints"),
+        tmp_path / "models" / "mha.safetensors",
+    )
     for step in (3, 6):
         checkpoints.save(tiny.some_checkpoint(step))
         for _ in range(2):
@@ -184,7 +213,9 @@ def test_weights_of_a_damaged_checkpoint_are_not_exported(tmp_path: Path, damage
     for step in (3, 6):
         checkpoints.save(tiny.some_checkpoint(step))
     tiny.DAMAGES[damage](checkpoints.folder / "step-00000006" / "model.safetensors")
-    with pytest.raises(InputError, match=r"the weights of .*step-00000006 cannot be kept: model\.safetensors "):
+    with pytest.raises(
+        InputError, match=r"the weights of .*step-00000006 cannot be kept: model\.safetensors "
+    ):
         checkpoints.export_weights(6, path)
     assert not path.exists()
 
@@ -202,7 +233,10 @@ def test_weights_of_another_run_are_not_exported(tmp_path: Path) -> None:
 
 
 def test_clearing_leaves_those_of_another_training(tmp_path: Path) -> None:
-    ours, other = checkpoints_in(tmp_path / "c"), Checkpoints(tmp_path / "c" / "mka-seed0", IDENTITY)
+    ours, other = (
+        checkpoints_in(tmp_path / "c"),
+        Checkpoints(tmp_path / "c" / "mka-seed0", IDENTITY),
+    )
     for checkpoints in (ours, other):
         checkpoints.save(tiny.some_checkpoint(7))
     ours.clear()
@@ -237,19 +271,31 @@ def pickles_in(source: str) -> list[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
             found += [name for name in names if name.partition(".")[0] in PICKLES]
-            found += [name for name in names[1:] if names[0].startswith("torch") and name in ("load", "save")]
+            found += [
+                name
+                for name in names[1:]
+                if names[0].startswith("torch") and name in ("load", "save")
+            ]
         elif isinstance(node, ast.Attribute):
             text = ast.unparse(node)
-            found += [text] if text in ("torch.load", "torch.save") or text.partition(".")[0] in PICKLES else []
+            found += (
+                [text]
+                if text in ("torch.load", "torch.save") or text.partition(".")[0] in PICKLES
+                else []
+            )
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             found += ["allow_pickle"] * (ast.unparse(node.value) != "False")
     return found
 
 
 def test_nothing_in_the_package_pickles() -> None:
-    assert pickles_in("import pickle\ntorch.load(a)\nfrom torch import save\nnp.load(a, allow_pickle=True)")
+    assert pickles_in(
+        "import pickle\ntorch.load(a)\nfrom torch import save\nnp.load(a, allow_pickle=True)"
+    )
     sources = list(Path(mka.__file__).parent.rglob("*.py"))
     assert len(sources) > 40
     assert {
-        path.name: pickles_in(path.read_text(encoding="utf-8")) for path in sources if pickles_in(path.read_text())
+        path.name: pickles_in(path.read_text(encoding="utf-8"))
+        for path in sources
+        if pickles_in(path.read_text())
     } == {}

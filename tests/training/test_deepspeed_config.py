@@ -1,4 +1,5 @@
-"""A DeepSpeed file: what is not allowed in it is one line that names file and key, before anything is started."""
+"""A DeepSpeed file: what is not allowed in it is one line that names file and key, before anything
+is started."""
 
 import importlib.util
 import json
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mka.limits import InputError
+from mka.errors import InputError
 from mka.training import deepspeed_config, deepspeed_settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,7 +45,9 @@ def test_every_file_of_the_repository_is_accepted(path: Path) -> None:
 
 def test_there_is_one_for_each_stage() -> None:
     assert len(SHIPPED) > 3
-    stages = {path.name: deepspeed_settings(str(path))["zero_optimization"]["stage"] for path in SHIPPED}
+    stages = {
+        path.name: deepspeed_settings(str(path))["zero_optimization"]["stage"] for path in SHIPPED
+    }
     assert {stages[f"ds_config_zero{stage}.json"] for stage in (1, 2, 3)} == {1, 2, 3}
     assert all(stages[f"ds_config_zero{stage}.json"] == stage for stage in (1, 2, 3))
 
@@ -55,7 +58,12 @@ def test_without_a_file_it_is_stage_2() -> None:
 
 def test_what_is_not_decided_elsewhere_is_passed_on(tmp_path: Path) -> None:
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
-    content = {"zero_optimization": zero, "steps_per_print": 7, "fp16": {"enabled": False}, "bf16": "auto"}
+    content = {
+        "zero_optimization": zero,
+        "steps_per_print": 7,
+        "fp16": {"enabled": False},
+        "bf16": "auto",
+    }
     assert deepspeed_settings(written(tmp_path, json.dumps(content))) == {
         "zero_optimization": zero,
         "steps_per_print": 7,
@@ -85,7 +93,10 @@ DECIDED_VALUES: list[tuple[str, Any]] = [
 def test_a_key_that_is_decided_elsewhere(tmp_path: Path, key: str, value: Any) -> None:
     path = written(tmp_path, json.dumps({"zero_optimization": {"stage": 2}, key: value}))
     instead = deepspeed_config.DECIDED[key]
-    assert refused(path) == f'{key} in {path} is {json.dumps(value)}; it is set by {instead}: leave it out or "auto"'
+    assert (
+        refused(path)
+        == f'{key} in {path} is {json.dumps(value)}; it is set by {instead}: leave it out or "auto"'
+    )
 
 
 def test_every_decided_key_has_a_case() -> None:
@@ -102,10 +113,15 @@ def test_auto_and_disabled_are_allowed(tmp_path: Path, key: str, value: Any) -> 
 @pytest.mark.parametrize("stage", [0, 4, -1, True, "2", None, [2], {}, 1.5])
 def test_a_stage_that_is_none_of_the_three(tmp_path: Path, stage: Any) -> None:
     path = written(tmp_path, json.dumps({"zero_optimization": {"stage": stage}}))
-    assert refused(path) == f"zero_optimization.stage in {path} is {json.dumps(stage)}; allowed: 1, 2, 3"
+    assert (
+        refused(path)
+        == f"zero_optimization.stage in {path} is {json.dumps(stage)}; allowed: 1, 2, 3"
+    )
 
 
-@pytest.mark.parametrize("content", [{}, {"zero_optimization": {}}, {"zero_optimization": 2}, {"stage": 2}], ids=str)
+@pytest.mark.parametrize(
+    "content", [{}, {"zero_optimization": {}}, {"zero_optimization": 2}, {"stage": 2}], ids=str
+)
 def test_without_a_stage(tmp_path: Path, content: dict[str, Any]) -> None:
     path = written(tmp_path, json.dumps(content))
     assert refused(path) == f"zero_optimization.stage in {path} is null; allowed: 1, 2, 3"
@@ -132,14 +148,23 @@ def test_a_file_that_is_no_json_object(tmp_path: Path, content: bytes, reason: s
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     missing = str(tmp_path / "nowhere.json")
-    assert refused(missing) == f"deepspeed_config is '{missing}', which cannot be read: No such file or directory"
-    assert refused(str(tmp_path)) == f"deepspeed_config is '{tmp_path}', which cannot be read: Is a directory"
+    assert (
+        refused(missing)
+        == f"deepspeed_config is '{missing}', which cannot be read: No such file or directory"
+    )
+    assert (
+        refused(str(tmp_path))
+        == f"deepspeed_config is '{tmp_path}', which cannot be read: Is a directory"
+    )
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(deepspeed_config, "find_spec", asked.append)
-    with pytest.raises(InputError, match=r"^--deepspeed needs the package deepspeed; pip install 'mka\[deepspeed\]'$"):
+    with pytest.raises(
+        InputError,
+        match=r"^--deepspeed needs the package deepspeed; pip install 'mka\[deepspeed\]'$",
+    ):
         deepspeed_settings(None)
     assert asked == ["deepspeed"]
     assert importlib.util.find_spec("mka"), "the real one still answers"

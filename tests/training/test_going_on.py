@@ -1,4 +1,5 @@
-"""Interrupted at any step and started again, a training ends with the bytes of one that never was."""
+"""Interrupted at any step and started again, a training ends with the bytes of one that never
+was."""
 
 import random
 from functools import cache
@@ -19,7 +20,8 @@ PRECISIONS: tuple[PrecisionName, ...] = ("float32", "bfloat16", "float16")
 
 
 class Restless(Precision):
-    """float16's scale overflows at first, and grows every other step: its state is never the initial one."""
+    """float16's scale overflows at first, and grows every other step: its state is never the
+    initial one."""
 
     def scaler(self) -> torch.amp.GradScaler:
         scaling = {"init_scale": 2.0**60, "backoff_factor": 2.0**-50, "growth_interval": 2}
@@ -28,7 +30,9 @@ class Restless(Precision):
 
 def plan(precision: PrecisionName, accumulation: int, save_steps: int = 0) -> TrainingPlan:
     chosen = Restless(precision, "cpu")
-    return tiny.plan(steps=STEPS, precision=chosen, accumulation=accumulation, save_steps=save_steps)
+    return tiny.plan(
+        steps=STEPS, precision=chosen, accumulation=accumulation, save_steps=save_steps
+    )
 
 
 @cache
@@ -45,13 +49,17 @@ def test_a_training_that_was_interrupted_ends_with_the_same_bytes(
     draw, reference = random.Random(f"{kind} {precision}"), whole(kind, precision, 2)
     assert reference.rest["skipped_steps"] == (precision == "float16")
     stops, save_steps = sorted(draw.sample(range(1, STEPS + 1), 2)), draw.choice([1, 2, 3])
-    tiny.assert_goes_on_as_if_nothing_had_been(tmp_path / "c", kind, plan(precision, 2, save_steps), stops, reference)
+    tiny.assert_goes_on_as_if_nothing_had_been(
+        tmp_path / "c", kind, plan(precision, 2, save_steps), stops, reference
+    )
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS + 1))
 def test_at_every_step(tmp_path: Path, stop: int) -> None:
     reference = whole("mha", "float32", 1)
-    tiny.assert_goes_on_as_if_nothing_had_been(tmp_path / "c", "mha", plan("float32", 1, 3), [stop], reference)
+    tiny.assert_goes_on_as_if_nothing_had_been(
+        tmp_path / "c", "mha", plan("float32", 1, 3), [stop], reference
+    )
 
 
 def test_without_checkpoints_on_the_way_it_starts_again(tmp_path: Path) -> None:
@@ -65,8 +73,12 @@ def test_without_checkpoints_on_the_way_it_starts_again(tmp_path: Path) -> None:
     assert ended.rest == whole("mha", "float32", 1).rest
 
 
-@pytest.mark.parametrize(("save_steps", "saved"), [(0, [6]), (1, [6, 5]), (4, [6, 4]), (5, [6, 5]), (6, [6]), (7, [6])])
-def test_it_is_saved_at_every_so_many_steps_and_at_the_end(tmp_path: Path, save_steps: int, saved: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("save_steps", "saved"), [(0, [6]), (1, [6, 5]), (4, [6, 4]), (5, [6, 5]), (6, [6]), (7, [6])]
+)
+def test_it_is_saved_at_every_so_many_steps_and_at_the_end(
+    tmp_path: Path, save_steps: int, saved: list[int]
+) -> None:
     checkpoints = Checkpoints(tmp_path / "c", {})
     tiny.trained("mha", plan("float32", 1, save_steps), checkpoints)
     assert checkpoints.steps() == saved
@@ -80,13 +92,16 @@ def test_it_says_where_it_goes_on_and_takes_no_step_twice(tmp_path: Path) -> Non
         taken.append(step)
         return tiny.batch_at(step)
 
-    watched, checkpoints = tiny.plan(steps=STEPS, save_steps=2, batch_at=batch_at), Checkpoints(tmp_path / "c", {})
+    watched, checkpoints = (
+        tiny.plan(steps=STEPS, save_steps=2, batch_at=batch_at),
+        Checkpoints(tmp_path / "c", {}),
+    )
     with pytest.raises(tiny.PowerCut):
         tiny.trained("mha", watched, checkpoints, tiny.stopping_after(3), said.append)
     tiny.trained("mha", watched, checkpoints, say=said.append)
     tiny.trained("mha", watched, checkpoints, say=said.append)
     assert taken == [0, 1, 2, 2, 3, 4, 5]
-    assert said == [f"Going on after step {step} of {STEPS}" for step in (2, STEPS)]
+    assert said == [f"Resuming after step {step} of {STEPS}" for step in (2, STEPS)]
 
 
 def test_a_damaged_checkpoint_costs_only_its_own_steps(tmp_path: Path) -> None:
@@ -95,13 +110,18 @@ def test_a_damaged_checkpoint_costs_only_its_own_steps(tmp_path: Path) -> None:
         tiny.trained("mha", interrupted, checkpoints, tiny.stopping_after(5))
     assert checkpoints.steps() == [4, 2]
     tiny.flip_a_bit(checkpoints.folder / "step-00000004" / "model.safetensors")
-    tiny.assert_goes_on_as_if_nothing_had_been(checkpoints.folder, "mha", interrupted, [], whole("mha", "float32", 1))
+    tiny.assert_goes_on_as_if_nothing_had_been(
+        checkpoints.folder, "mha", interrupted, [], whole("mha", "float32", 1)
+    )
 
 
 @pytest.mark.parametrize("kind", ["mka", "fmka"])
 def test_parameters_that_never_had_a_gradient(tmp_path: Path, kind: str) -> None:
-    """Where the text is shorter than window and stride, AdamW remembers nothing of the index and of the session."""
-    options = {"local_window": 128, "chunk_size": 32, "top_k": 4} | ({"session_stride": 32} if kind == "mka" else {})
+    """Where the text is shorter than window and stride, AdamW remembers nothing of the index and of
+    the session."""
+    options = {"local_window": 128, "chunk_size": 32, "top_k": 4} | (
+        {"session_stride": 32} if kind == "mka" else {}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny.OPTIONS, kind, options)
         tiny.assert_goes_on_as_if_nothing_had_been(tmp_path / "c", kind, plan("float32", 1, 1), [3])

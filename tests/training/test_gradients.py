@@ -40,13 +40,19 @@ def test_one_gradient_that_overflows_skips_the_step(
         before = {key: tensor.clone() for key, tensor in (weights | moments).items()}
         skipped = step(engine, learning_rate)
         weights, moments, after = engine.state()
-        same = all(torch.equal(before[key], tensor) for key, tensor in (weights | moments).items() if key in before)
+        same = all(
+            torch.equal(before[key], tensor)
+            for key, tensor in (weights | moments).items()
+            if key in before
+        )
         seen.append((skipped, same, after["scaler"]["scale"] / rest["scaler"]["scale"]))
         return skipped
 
     monkeypatch.setattr(TorchEngine, "gradients", planting)
     monkeypatch.setattr(TorchEngine, "step", stepping)
-    run = train(model, tiny.plan(steps=4, precision=FLOAT16, accumulation=accumulation), lambda: 0.0)
+    run = train(
+        model, tiny.plan(steps=4, precision=FLOAT16, accumulation=accumulation), lambda: 0.0
+    )
     good, skipped = (False, False, 1.0), (True, True, 0.5)
     assert seen == [good, good, skipped, good]
     assert run.skipped_steps == 1
@@ -58,7 +64,8 @@ def test_one_gradient_that_overflows_skips_the_step(
 def test_a_gradient_that_is_not_finite_stops_before_the_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: float, precision: PrecisionName
 ) -> None:
-    """The loss is finite; clipping would make every weight NaN, and --save_steps 1 would keep them."""
+    """The loss is finite; clipping would make every weight NaN, and --save_steps 1 would keep
+    them."""
     model, gradients, losses = tiny.tiny_model(), TorchEngine.gradients, []
 
     def planting(engine: TorchEngine, parts: tuple[Tensor, ...]) -> list[Tensor]:
@@ -73,12 +80,16 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
     plan = tiny.plan(steps=6, save_steps=1, precision=Precision(precision, "cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(TorchEngine, "gradients", planting)
-        with pytest.raises(NonFiniteLoss, match=r"^at step 3 a gradient is not finite, the loss is [\d.]+; try "):
+        with pytest.raises(
+            NonFiniteLoss, match=r"^at step 3 a gradient is not finite, the loss is [\d.]+; try "
+        ):
             train(model, plan, lambda: 0.0, checkpoints=checkpoints)
     saved = checkpoints.newest(print)
     assert saved is not None
     assert saved.step == 2
-    assert all(torch.equal(saved.weights[name], values) for name, values in tiny.weights_of(model).items())
+    assert all(
+        torch.equal(saved.weights[name], values) for name, values in tiny.weights_of(model).items()
+    )
     again = tiny.tiny_model()
     train(again, plan, lambda: 0.0, checkpoints=checkpoints)
     whole = tiny.tiny_model()
@@ -87,8 +98,11 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
 
 
 @pytest.mark.parametrize("kind", ["mha", "fmka"])
-def test_a_scale_that_is_far_too_large_comes_down_by_itself(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 2**40 it is halved until the gradients fit; a step is counted as skipped where no weight moved."""
+def test_a_scale_that_is_far_too_large_comes_down_by_itself(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 2**40 it is halved until the gradients fit; a step is counted as skipped where no weight
+    moved."""
     model, skipped, still = tiny.tiny_model(kind), [0], []
     before = tiny.weights_of(model)
 
@@ -115,7 +129,8 @@ def noting(passes: list[bool]) -> Callable[[nn.Module, object], None]:
 
 @pytest.mark.parametrize("kind", ["mha", "mka", "fmka"])
 def test_gradient_checkpointing_gives_the_same_losses(kind: str) -> None:
-    """It is at work: each block runs twice in a step, for the second time during the backward pass."""
+    """It is at work: each block runs twice in a step, for the second time during the backward
+    pass."""
     runs: list[TrainingRun] = []
     passes: list[list[bool]] = [[], []]
     for twice, shown in enumerate(passes):

@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C: the step is finished and saved before the training stops; a second Ctrl-C does not wait."""
+"""SIGTERM and Ctrl-C: the step is finished and saved before the training stops; a second Ctrl-C
+does not wait."""
 
 import os
 import signal
@@ -24,7 +25,10 @@ def handlers() -> Iterator[list[Any]]:
     def terminated(number: int, frame: object) -> None:
         raise AssertionError("SIGTERM came through")
 
-    before = [signal.signal(signal.SIGTERM, terminated), signal.signal(signal.SIGINT, signal.default_int_handler)]
+    before = [
+        signal.signal(signal.SIGTERM, terminated),
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+    ]
     ours = [terminated, signal.default_int_handler]
     yield ours
     assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == ours
@@ -43,16 +47,25 @@ def striking(step: int, *numbers: int) -> Callable[[TrainingRun], None]:
     return on_step
 
 
-def interrupted(checkpoints: Checkpoints | None, step: int, *numbers: int, save_steps: int = 0) -> Interrupted:
+def interrupted(
+    checkpoints: Checkpoints | None, step: int, *numbers: int, save_steps: int = 0
+) -> Interrupted:
     with pytest.raises(Interrupted) as caught:
-        tiny.trained("mha", tiny.plan(steps=STEPS, save_steps=save_steps), checkpoints, striking(step, *numbers))
+        tiny.trained(
+            "mha",
+            tiny.plan(steps=STEPS, save_steps=save_steps),
+            checkpoints,
+            striking(step, *numbers),
+        )
     return caught.value
 
 
 @pytest.mark.parametrize("save_steps", [0, 1, 2, 100])
 @pytest.mark.parametrize("step", [1, 2, STEPS - 1])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_step_under_way_is_finished_and_saved(tmp_path: Path, number: int, step: int, save_steps: int) -> None:
+def test_the_step_under_way_is_finished_and_saved(
+    tmp_path: Path, number: int, step: int, save_steps: int
+) -> None:
     """A signal between two steps is heard in the next one."""
     checkpoints = Checkpoints(tmp_path / "c", {"kind": "mha"})
     stop = interrupted(checkpoints, step, number, save_steps=save_steps)
@@ -91,7 +104,9 @@ def test_without_checkpoints_it_stops_too() -> None:
     assert interrupted(None, 2, signal.SIGTERM).signal_number == signal.SIGTERM
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)]
+)
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, numbers: Sequence[int]) -> None:
     checkpoints = Checkpoints(tmp_path / "c", {"kind": "mha"})
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -100,7 +115,9 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, numbers: Sequence[int]) -
     assert checkpoints.steps() == []
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM)]
+)
 def test_sigterm_after_a_signal_changes_nothing(tmp_path: Path, numbers: Sequence[int]) -> None:
     checkpoints = Checkpoints(tmp_path / "c", {"kind": "mha"})
     assert interrupted(checkpoints, 2, *numbers).signal_number == numbers[0]
@@ -121,7 +138,13 @@ def test_in_another_thread_there_are_no_signals_to_catch(handlers: list[Any]) ->
 
     def work() -> None:
         with stop_request() as request:
-            seen.extend([request.got(signal.SIGINT), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)])
+            seen.extend(
+                [
+                    request.got(signal.SIGINT),
+                    signal.getsignal(signal.SIGTERM),
+                    signal.getsignal(signal.SIGINT),
+                ]
+            )
 
     thread = threading.Thread(target=work)
     thread.start()

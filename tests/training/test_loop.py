@@ -24,7 +24,11 @@ def test_the_same_seed_gives_the_same_bytes(kind: str) -> None:
     assert runs[0].losses == runs[1].losses
     tiny.assert_same_bytes(*(tiny.weights_of(model) for model in models))
     untrained = tiny.weights_of(tiny.tiny_model(kind, seed=1, **tiny.OPTIONS.get(kind, {})))
-    assert all((p != untrained[name]).any() for name, p in tiny.weights_of(models[0]).items() if p.dim() == 2)
+    assert all(
+        (p != untrained[name]).any()
+        for name, p in tiny.weights_of(models[0]).items()
+        if p.dim() == 2
+    )
 
 
 def test_the_loss_falls() -> None:
@@ -36,7 +40,9 @@ def test_the_loss_falls() -> None:
 
 @pytest.mark.parametrize("kind", ["mha", "fmka"])
 def test_four_accumulated_parts_equal_one_batch(kind: str) -> None:
-    runs = [train(tiny.tiny_model(kind), tiny.plan(accumulation=parts), no_look) for parts in (1, 4)]
+    runs = [
+        train(tiny.tiny_model(kind), tiny.plan(accumulation=parts), no_look) for parts in (1, 4)
+    ]
     for whole, accumulated in zip(*(run.losses for run in runs), strict=True):
         assert abs(whole / accumulated - 1) <= TOLERANCE[torch.float32]
 
@@ -105,12 +111,16 @@ class FailsAt(nn.Module):
         return SimpleNamespace(logits=logits if self.passes > 0 else logits * self.value)
 
 
-CAUSE = "every layer's output is finite, only the loss itself is not"
+CAUSE = "all layer outputs are finite; only the loss is not"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("passes", "accumulation", "step"), [(1, 1, 1), (3, 1, 3), (4, 2, 2), (8, 4, 2)])
-def test_a_non_finite_loss_stops_before_the_step(value: float, passes: int, accumulation: int, step: int) -> None:
+@pytest.mark.parametrize(
+    ("passes", "accumulation", "step"), [(1, 1, 1), (3, 1, 3), (4, 2, 2), (8, 4, 2)]
+)
+def test_a_non_finite_loss_stops_before_the_step(
+    value: float, passes: int, accumulation: int, step: int
+) -> None:
     model, before = FailsAt(passes, value), {}
 
     def batch_at(number: int) -> Tensor:
@@ -122,7 +132,9 @@ def test_a_non_finite_loss_stops_before_the_step(value: float, passes: int, accu
     def on_step(run: TrainingRun) -> None:
         taken.append(len(run.losses))
 
-    with pytest.raises(NonFiniteLoss, match=rf"^the loss at step {step} is nan; {CAUSE}; try [^\n]+$"):
+    with pytest.raises(
+        NonFiniteLoss, match=rf"^the loss at step {step} is nan; {CAUSE}; try [^\n]+$"
+    ):
         train(model, tiny.plan(batch_at=batch_at, accumulation=accumulation), no_look, on_step)
     tiny.assert_same_bytes(tiny.weights_of(model), before)
     assert taken == list(range(1, step))
@@ -131,5 +143,7 @@ def test_a_non_finite_loss_stops_before_the_step(value: float, passes: int, accu
 def test_a_held_out_loss_that_is_not_finite_stops_too() -> None:
     """Weights that the last step spoilt never become a result."""
     looks = iter([1.0, float("nan")])
-    with pytest.raises(NonFiniteLoss, match=r"^the held-out loss after step \d+ is nan; try [^\n]+$"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"^the held-out loss after step \d+ is nan; try [^\n]+$"
+    ):
         train(tiny.tiny_model(), tiny.plan(steps=5), lambda: next(looks))

@@ -7,7 +7,9 @@ import checks_training
 from checks_training import CPU, MEBIBYTE
 from mka.training import Peak, PeakMemory, keep_freed_memory, memory
 
-needs_reset = pytest.mark.skipif(not memory.can_reset_peak(), reason="no /proc/self/clear_refs or no glibc here")
+needs_reset = pytest.mark.skipif(
+    not memory.can_reset_peak(), reason="no /proc/self/clear_refs or no glibc here"
+)
 
 
 @needs_reset
@@ -55,9 +57,16 @@ def test_cuda_peaks_are_reset_and_read_from_the_allocator(monkeypatch: pytest.Mo
         "max_memory_allocated": 7,
         "max_memory_reserved": 9,
     }.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *args, n=name, v=value: (called.append(n), v)[1])
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *args, n=name, v=value: (called.append(n), v)[1]
+        )
     assert PeakMemory(torch.device("cuda")).peak() == Peak(7, 9)
-    assert called == ["empty_cache", "reset_peak_memory_stats", "max_memory_allocated", "max_memory_reserved"]
+    assert called == [
+        "empty_cache",
+        "reset_peak_memory_stats",
+        "max_memory_allocated",
+        "max_memory_reserved",
+    ]
 
 
 def test_an_unknown_field_is_an_error() -> None:

@@ -34,7 +34,8 @@ HERE = "the first layer whose output is not finite is "
 
 
 def planted(kind: str, layer: str, value: float, seed: int = 0) -> nn.Module:
-    """A tiny model with one number of one layer spoilt; in an embedding, everything of one column."""
+    """A tiny model with one number of one layer spoilt; in an embedding, everything of one
+    column."""
     model = tiny.tiny_model(kind, seed, **tiny.OPTIONS.get(kind, {}))
     weight = model.get_submodule(layer).get_parameter("weight")
     with torch.no_grad():
@@ -47,17 +48,24 @@ def planted(kind: str, layer: str, value: float, seed: int = 0) -> nn.Module:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("kind", "layer"), LAYERS)
-def test_the_first_layer_is_named_and_nothing_is_trained(kind: str, layer: str, value: float) -> None:
+def test_the_first_layer_is_named_and_nothing_is_trained(
+    kind: str, layer: str, value: float
+) -> None:
     model = planted(kind, layer, value)
     before = {name: values.numpy().tobytes() for name, values in tiny.weights_of(model).items()}
     with pytest.raises(NonFiniteLoss) as stopped:
         train(model, tiny.plan(), lambda: 0.0)
     # An infinity times a product of its own sign may stay one, and that of another sign is nan.
     assert str(stopped.value) in {
-        f"the loss at step 1 is {loss}; {HERE}{layer}; try a lower --learning_rate" for loss in ("nan", "inf")
+        f"the loss at step 1 is {loss}; {HERE}{layer}; try a lower --learning_rate"
+        for loss in ("nan", "inf")
     }
-    assert {name: values.numpy().tobytes() for name, values in tiny.weights_of(model).items()} == before
-    assert not any(module._forward_hooks for module in model.modules()), "the hooks are taken away again"
+    assert {
+        name: values.numpy().tobytes() for name, values in tiny.weights_of(model).items()
+    } == before
+    assert not any(module._forward_hooks for module in model.modules()), (
+        "the hooks are taken away again"
+    )
 
 
 @pytest.mark.parametrize("part", [0, 1, 3])
@@ -72,7 +80,8 @@ def test_the_part_of_a_step_that_is_spoilt_is_the_one_looked_at(part: int) -> No
 
     with torch.no_grad():
         model.get_parameter("transformer.wte.weight")[tiny.VOCAB - 1] = math.nan
-    # The head shares its weights with the embedding, so that the other parts are spoilt too, but at the head.
+    # The head shares its weights with the embedding, so that the other parts are spoilt too, but at
+    # the head.
     parts = batch_at(0).chunk(4)
     layers = [first_nonfinite_layer(model, tokens, nullcontext()) for tokens in parts]
     assert layers == ["transformer.wte" if number == part else "lm_head" for number in range(4)]
@@ -101,10 +110,17 @@ def test_the_rank_is_named_where_there_are_several(spoilt: int) -> None:
     def work(ranks: Ranks) -> str:
         model = models[ranks.rank]
         with pytest.raises(NonFiniteLoss) as stopped:
-            train(model, tiny.plan(ranks=ranks, batch_at=lambda step: tiny.batch_at(step, 6)), lambda: 0.0)
+            train(
+                model,
+                tiny.plan(ranks=ranks, batch_at=lambda step: tiny.batch_at(step, 6)),
+                lambda: 0.0,
+            )
         return str(stopped.value)
 
-    line = f"the loss at step 1 is nan; {HERE}transformer.h.0.mlp.c_fc (rank {spoilt}); try a lower --learning_rate"
+    line = (
+        f"the loss at step 1 is nan; {HERE}transformer.h.0.mlp.c_fc (rank {spoilt}); try a "
+        "lower --learning_rate"
+    )
     assert all_returned(on_ranks(3, work)) == [line] * 3
 
 
@@ -119,7 +135,9 @@ def test_the_checkpoint_before_it_stays_the_newest(tmp_path: Path) -> None:
         return tiny.batch_at(step)
 
     with pytest.raises(NonFiniteLoss, match=r"^the loss at step 5 is nan; "):
-        train(model, tiny.plan(batch_at=batch_at, save_steps=1), lambda: 0.0, checkpoints=checkpoints)
+        train(
+            model, tiny.plan(batch_at=batch_at, save_steps=1), lambda: 0.0, checkpoints=checkpoints
+        )
     found = checkpoints.newest(lambda line: None)
     assert found is not None
     assert found.step == 4

@@ -26,7 +26,9 @@ def rates(steps: int, peak: float = 2.0) -> list[float]:
 @pytest.mark.parametrize("steps", [20, 100, 1000])
 def test_warm_up_is_a_line_and_the_rest_a_cosine(steps: int) -> None:
     found, warmup = rates(steps), steps // 10
-    assert found[: warmup + 1] == pytest.approx([2.0 * (step + 1) / warmup for step in range(warmup)] + [2.0])
+    assert found[: warmup + 1] == pytest.approx(
+        [2.0 * (step + 1) / warmup for step in range(warmup)] + [2.0]
+    )
     for step in range(warmup, steps + 1):
         cosine = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
         assert found[step] == pytest.approx(2.0 * (FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine))
@@ -57,7 +59,9 @@ def test_no_weight_decay_on_vectors_and_routers_and_each_parameter_once(kind: st
     model = tiny.tiny_model(kind)
     groups = build_optimizer(model, 1e-3).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(decay) == len(list(model.parameters()))
+    assert (
+        sum(len(group["params"]) for group in groups) == len(decay) == len(list(model.parameters()))
+    )
     for name, p in model.named_parameters():
         assert decay[id(p)] == (WEIGHT_DECAY if decays(name, p) else 0.0), name
 
@@ -77,7 +81,9 @@ def test_a_rate_of_its_own_and_nothing_that_is_frozen() -> None:
     set_learning_rate(optimizer, 0.01)
     optimizer.step()
     for name, p in model.named_parameters():
-        kept = 1 - 0.01 * WEIGHT_DECAY if decays(name, p) else 1.0  # the first step of Adam is the rate itself
+        kept = (
+            1 - 0.01 * WEIGHT_DECAY if decays(name, p) else 1.0
+        )  # the first step of Adam is the rate itself
         rate = 0.0 if p is frozen else 0.03 if ".router." in name else 0.01
         wanted = before[name] if p is frozen else before[name] * kept - rate
         torch.testing.assert_close(p, wanted, atol=1e-6, rtol=1e-5, msg=name)
@@ -99,7 +105,11 @@ def test_gradients_are_clipped_before_the_step(monkeypatch: pytest.MonkeyPatch) 
     step = torch.optim.AdamW.step
 
     def spy(optimizer: torch.optim.AdamW, *args: object) -> object:
-        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+        norms.append(
+            torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+            .norm()
+            .item()
+        )
         return step(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)

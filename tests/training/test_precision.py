@@ -1,4 +1,5 @@
-"""Mixed precision: what is chosen, that weights stay float32, and that an overflowing float16 step changes nothing."""
+"""Mixed precision: what is chosen, that weights stay float32, and that an overflowing float16 step
+changes nothing."""
 
 import pytest
 import torch
@@ -17,13 +18,19 @@ FLOAT16 = Precision("float16", "cpu")
 @pytest.mark.parametrize("kind", ATTENTION_TYPES)
 def test_master_weights_stay_float32_and_the_loss_falls(kind: str, name: PrecisionName) -> None:
     model = tiny.tiny_model(kind)
-    run = train(model, tiny.plan(steps=12, precision=Precision(name, "cpu"), learning_rate=6e-3), lambda: 0.0)
+    run = train(
+        model,
+        tiny.plan(steps=12, precision=Precision(name, "cpu"), learning_rate=6e-3),
+        lambda: 0.0,
+    )
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert run.losses[-1] < run.losses[0]
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)]
+)
 def test_products_are_computed_in_half_precision(name: PrecisionName, dtype: torch.dtype) -> None:
     with Precision(name, "cpu").autocast():
         assert tiny.tiny_model()(tiny.batch_at(0)[:, :-1]).logits.dtype == dtype
@@ -46,7 +53,12 @@ def test_an_overflowing_step_is_counted_and_changes_nothing() -> None:
     model, seen = tiny.tiny_model(), []
     start = tiny.weights_of(model)
     plan = tiny.plan(steps=3, precision=Overflowing("float16", "cpu"))
-    run = train(model, plan, lambda: 0.0, lambda run: seen.append((run.skipped_steps, tiny.weights_of(model))))
+    run = train(
+        model,
+        plan,
+        lambda: 0.0,
+        lambda run: seen.append((run.skipped_steps, tiny.weights_of(model))),
+    )
     assert [skipped for skipped, _ in seen] == [1, 1, 1]
     assert run.skipped_steps == 1
     tiny.assert_same_bytes(seen[0][1], start)
@@ -74,13 +86,19 @@ def test_after_an_overflow_the_optimiser_is_as_if_nothing_had_been() -> None:
 
 
 @pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16", "bf16"])
-def test_bfloat16_is_the_default_where_the_processor_has_it(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_the_default_where_the_processor_has_it(
+    capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
     assert choose_precision(tiny.CPU) == Precision("bfloat16", "cpu")
 
 
-@pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": False, "avx2": True, "amx_fp16": True}])
-def test_float32_is_the_default_elsewhere(capabilities: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "capabilities", [{}, {"avx512_bf16": False, "avx2": True, "amx_fp16": True}]
+)
+def test_float32_is_the_default_elsewhere(
+    capabilities: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert choose_precision(tiny.CPU) == Precision("float32", "cpu")
     assert choose_precision(tiny.CPU, bf16=True) == Precision("bfloat16", "cpu")
@@ -91,5 +109,7 @@ def test_float32_is_the_default_elsewhere(capabilities: dict, monkeypatch: pytes
 def test_cuda_is_asked_for_bfloat16_of_its_own(
     native: bool, name: PrecisionName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation
+    )
     assert choose_precision(torch.device("cuda")) == Precision(name, "cuda")

@@ -26,7 +26,9 @@ def pair() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("piece", [5, 24, 512])
-def test_it_is_the_divergence_of_what_is_predicted(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_the_divergence_of_what_is_predicted(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mka.training.teacher, "PIECE", piece)
     model, other = pair()
     loss = Teacher(other)(model, IDS)
@@ -37,14 +39,18 @@ def test_it_is_the_divergence_of_what_is_predicted(piece: int, monkeypatch: pyte
     with torch.no_grad():
         wanted = other(IDS[:, :-1]).logits.flatten(0, 1)
     logits = model(IDS[:, :-1]).logits.flatten(0, 1)
-    plain = kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
+    plain = kl_div(
+        logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
     plain.backward()
     tolerance = TOLERANCE[torch.float32]  # probabilities are float32
     torch.testing.assert_close(loss.double(), plain, atol=tolerance, rtol=tolerance)
     assert found
     for name, p in model.named_parameters():
         if p.grad is not None:
-            torch.testing.assert_close(found[name], p.grad, atol=tolerance, rtol=tolerance, msg=name)
+            torch.testing.assert_close(
+                found[name], p.grad, atol=tolerance, rtol=tolerance, msg=name
+            )
 
 
 def test_a_model_has_nothing_to_learn_of_itself() -> None:

@@ -1,4 +1,7 @@
-"""Text to batches: corpus -> tokens -> batches. Nothing here loads transformers or datasets on import."""
+"""Text to batches: corpus -> tokens -> batches.
+
+Importing it loads neither transformers nor datasets.
+"""
 
 from mka.data.batches import BlockBatches, evaluation_batches
 from mka.data.corpus import Corpus, load_corpus

@@ -1,4 +1,5 @@
-"""Documents to token ids and to the bytes behind each token, a bounded amount of text at a time."""
+"""Documents to token ids and to the bytes of text per token, a bounded amount of text
+at a time."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,7 +7,8 @@ import numpy as np
 
 from mka.data.tokenizer import TextTokenizer
 
-# Bounds on what is encoded at once; a longer document is encoded in pieces that end at line ends.
+# Bounds on what is encoded at once; a longer document is encoded in pieces that end at
+# line ends.
 PIECE_CHARACTERS = 2**20
 BATCH_CHARACTERS = 2**21
 
@@ -14,8 +16,17 @@ BATCH_CHARACTERS = 2**21
 def encoded_pieces(
     documents: Iterable[tuple[str, str]], tokenizer: TextTokenizer, with_ends: bool
 ) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Text, token ids and token ends (empty without `with_ends`) of each piece; the last of a document has the
-    end-of-text token, which has no end."""
+    """Encode documents piece by piece.
+
+    Args:
+        documents: (name, text) pairs.
+        tokenizer: the tokenizer.
+        with_ends: whether to yield token ends; they take longer.
+
+    Yields the text, the token ids and the token ends (character indices, empty without
+    `with_ends`) of each piece. The last piece of a document also has the end-of-text
+    token, which has no end.
+    """
     for batch in batches_of_pieces(text for _, text in documents):
         texts = [text for text, _ in batch]
         if with_ends:
@@ -27,7 +38,8 @@ def encoded_pieces(
 
 
 def batches_of_pieces(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-    """Lists of (piece, is it the last of its document) of about BATCH_CHARACTERS each."""
+    """Lists, of about BATCH_CHARACTERS each, of (piece, whether it is the last of its
+    document)."""
     batch: list[tuple[str, bool]] = []
     characters = 0
     for text in texts:
@@ -45,22 +57,34 @@ def batches_of_pieces(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
 
 
 def end_of_piece(text: str, start: int) -> int:
+    """The end of a piece that begins at `start`: the last line end within
+    PIECE_CHARACTERS, or that limit if there is none."""
     end = start + PIECE_CHARACTERS
     return len(text) if end >= len(text) else text.rfind("\n", start, end) + 1 or end
 
 
 def bytes_of_tokens(text: str, ends: list[int], num_tokens: int) -> np.ndarray:
-    """UTF-8 bytes of `text` that each of `num_tokens` tokens stands for (int64); they add up to all of them.
+    """How many UTF-8 bytes of `text` each token represents, (num_tokens,) int64; the
+    sum is all.
 
-    A token stands for the text between the end of the one before (not its own beginning: what a tokenizer skips
-    counts, and what several tokens share counts once) and its own end; the last one for all that is left.
+    Args:
+        text: the text.
+        ends: for each token its end in the text, as a character index; an end-of-text
+            token has none.
+        num_tokens: how many tokens there are, with the end-of-text token.
     """
+    # From the end of the token before, not from its own beginning: what a tokenizer
+    # skips is then counted, and what several tokens share is counted once. The UTF-8
+    # width of each character, without encoding them one by one.
     code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     widths = 1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
     place = np.concatenate([[0], np.cumsum(widths)])
     counts = np.zeros(num_tokens, dtype=np.int64)
+    # Tokens that share a character may end before the one in front of them; bytes may
+    # not.
     reached = place[np.maximum.accumulate(np.array(ends, dtype=np.int64))]
     counts[: len(ends)] = np.diff(reached, prepend=0)
+    # The last token represents all that is left.
     if num_tokens:
         counts[max(len(ends) - 1, 0)] += place[-1] - counts.sum()
     return counts

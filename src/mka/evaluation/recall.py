@@ -1,43 +1,50 @@
-"""What a model finds again: MQAR by shape, a passkey by length and depth.
+"""What a model recalls: MQAR by shape, a passkey by length and depth.
 
-An answer counts when every token of it is the likeliest one after those before: what greedy decoding would say.
+An answer is correct if each of its tokens is the likeliest one after those before it,
+which is what greedy decoding would write.
 """
 
-import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
-from mka.commands import NeedleConfig, RecallConfig
-from mka.config import LongTermConfig
 from mka.data import load_corpus
 from mka.data.needle import FILLER, Passkey, PasskeyTask
 from mka.data.recall import NOT_ASKED, RecallBatch, recall_batch
 from mka.data.tokenizer import TextTokenizer, with_end_of_text
-from mka.limits import InputError
-from mka.loading import load, load_model
+from mka.errors import InputError
+from mka.memory.options import LongTermConfig
 from mka.models import CACHE_ARGUMENT, mechanisms, memory_cache, read_in_pieces, states
-from mka.storage import write_atomically
 
-Say = Callable[[str], None]
 ROWS = 32
+"""Rows of MQAR that the model reads at once."""
 TEXT_TOKENS = 2**20
-"""Tokens of the text around a passkey: beyond them it begins again."""
+"""Tokens of text around a passkey, after which the text is repeated."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A row of the table. `correct` of `asked` answers; seconds of reading and answering; bytes of the memory."""
+    """The score for one kind of prompt.
+
+    Attributes:
+        task: recall or needle.
+        tokens: the length of a prompt, in tokens.
+        kind: the number of pairs (recall) or the depth (needle).
+        correct: the number of correct answers.
+        asked: the number of answers asked for.
+        seconds: the time for reading and answering all prompts.
+        memory_bytes: the size of the model's cache after one prompt; 0 for recall,
+            which keeps none.
+    """
 
     task: str
     tokens: int
     kind: str
-    """The pairs of MQAR, the depth of a passkey."""
     correct: int
     asked: int
     seconds: float
@@ -45,68 +52,122 @@ class Score:
 
     @property
     def accuracy(self) -> float:
+        """The share of the answers that are correct."""
         return self.correct / self.asked
 
 
-def score(config: NeedleConfig | RecallConfig, say: Say) -> None:
-    """Print a row for each kind of prompt as soon as it is known. Raises InputError for what a model cannot read."""
-    rows = needle_scores(config) if isinstance(config, NeedleConfig) else recall_scores(config)
-    say(f"{'tokens':>10} {'depth' if isinstance(config, NeedleConfig) else 'pairs':>6}  accuracy")
-    lines = []
-    for row in rows:
-        memory = f", {row.memory_bytes / 2**20:,.1f} MiB of memory" if row.memory_bytes else ""
-        per = f"{row.correct}/{row.asked}, {row.seconds / max(1, config.samples):.1f} s a prompt{memory}"
-        say(f"{row.tokens:>10,} {row.kind:>6}  {row.accuracy:.3f}  ({per})")
-        lines.append(json.dumps(asdict(row) | {"model": config.model, "seed": config.seed}))
-        if config.output is not None:
-            write_atomically(Path(config.output), "\n".join(lines) + "\n")
+def recall_scores(
+    model: Any,
+    shapes: Sequence[tuple[int, int]] = ((64, 4), (128, 8), (256, 16)),
+    *,
+    samples: int = 256,
+    seed: int = 0,
+    longterm: LongTermConfig | None = None,
+) -> Iterator[Score]:
+    """Test MQAR (arXiv 2312.04927); yields one score per shape, each as soon as it is
+    known.
 
-
-def recall_scores(config: RecallConfig) -> Iterator[Score]:
-    model = load_model(config.model)
-    vocab_size = model.config.vocab_size
-    for shape in config.shapes:
-        tokens, pairs = map(int, shape.split("/"))
+    Args:
+        model: a causal language model of transformers.
+        shapes: pairs of numbers: tokens per row, and pairs stated in it.
+        samples: rows per shape.
+        seed: random seed for the rows.
+        longterm: where to keep the model's long-term memory; None: on the device.
+    """
+    longterm = longterm or LongTermConfig()
+    for tokens, pairs in shapes:
         begun, correct, asked = time.perf_counter(), 0, 0
-        for start in range(0, config.samples, ROWS):
-            rows = min(ROWS, config.samples - start)
-            batch = recall_batch(tokens, pairs, rows, (config.seed, tokens, start), vocab_size)
-            found, due = recalled(model, batch, config)
+        for start in range(0, samples, ROWS):
+            rows = min(ROWS, samples - start)
+            # Seeded by what the rows are, so that a shape's rows do not depend on the
+            # others.
+            batch = recall_batch(
+                tokens, pairs, rows, (seed, tokens, start), model.config.vocab_size
+            )
+            found, due = recalled(model, batch, longterm)
             correct, asked = correct + found, asked + due
         yield Score("recall", tokens, str(pairs), correct, asked, time.perf_counter() - begun, 0)
 
 
 @torch.no_grad()
 def recalled(model: Any, batch: RecallBatch, longterm: LongTermConfig) -> tuple[int, int]:
-    """How many answers are right, and how many were due."""
+    """The number of correct answers, and the number of answers asked for, in one
+    batch."""
+    # Without a special place for the long-term memory no cache is needed: rows are read
+    # at once.
     cache = memory_cache(model, longterm) if longterm.is_special else None
-    logits = model(batch.tokens.to(model.device), use_cache=cache is not None, **{CACHE_ARGUMENT: cache}).logits
+    logits = model(
+        batch.tokens.to(model.device), use_cache=cache is not None, **{CACHE_ARGUMENT: cache}
+    ).logits
     due = batch.targets != NOT_ASKED
     said = logits.argmax(-1).cpu()[due]
     return int((said == batch.targets[due]).sum()), int(due.sum())
 
 
-def needle_scores(config: NeedleConfig) -> Iterator[Score]:
-    model, tokenizer = load(config.model)
-    backend = with_end_of_text(tokenizer.backend_tokenizer, tokenizer.eos_token_id, config.model)
-    task = PasskeyTask(text_around(backend, config), lambda text: backend.encode_batch([text])[0])
-    for length in config.lengths:
-        for depth in config.depths:
+def needle_scores(
+    model: Any,
+    tokenizer: Any,
+    lengths: Sequence[int] = (1024, 4096),
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    *,
+    surroundings: Literal["filler", "stdlib", "text"] = "filler",
+    text_path: Sequence[str] = (),
+    samples: int = 1,
+    seed: int = 0,
+    piece: int = 4096,
+    longterm: LongTermConfig | None = None,
+    name: str = "the model",
+) -> Iterator[Score]:
+    """Ask for a passkey in a long text; yields one score per length and depth when it
+    is known.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: the model's fast tokenizer.
+        lengths: lengths of the prompts, in tokens.
+        depths: where the key is stated: 0 at the beginning, 1 right before the
+            question.
+        surroundings: the text around the key: the same few sentences (filler), Python's
+            standard library (stdlib), or the files and folders of `text_path` (text).
+        samples: prompts per length and depth.
+        seed: random seed for the prompts.
+        piece: tokens to read at a time.
+        longterm: where to keep the model's long-term memory; None: on the device.
+        name: the model's name, for error messages.
+
+    Raises InputError for surroundings without a token, and for a tokenizer without an
+    end of text.
+    """
+    longterm = longterm or LongTermConfig()
+    # The tokenizer's backend, because a prompt is pieced together from ids without
+    # special tokens.
+    backend = with_end_of_text(tokenizer.backend_tokenizer, tokenizer.eos_token_id, name)
+    around = text_around(backend, surroundings, text_path)
+    task = PasskeyTask(around, lambda text: backend.encode_batch([text])[0])
+    for length in lengths:
+        for depth in depths:
             begun, correct, held = time.perf_counter(), 0, 0
-            for sample in range(config.samples):
-                passkey = task.prompt(length, depth, (config.seed, length, round(1000 * depth), sample))
-                right, held = answered(model, passkey, config, config.piece)
+            for sample in range(samples):
+                passkey = task.prompt(length, depth, (seed, length, round(1000 * depth), sample))
+                right, held = answered(model, passkey, longterm, piece)
                 correct += right
             taken = time.perf_counter() - begun
-            yield Score("needle", length, f"{depth:g}", correct, config.samples, taken, held)
+            yield Score("needle", length, f"{depth:g}", correct, samples, taken, held)
 
 
-def text_around(tokenizer: TextTokenizer, config: NeedleConfig) -> Any:
-    """Tokens of the surroundings, as many as are wanted at once."""
+def text_around(
+    tokenizer: TextTokenizer, surroundings: str, text_path: Sequence[str]
+) -> np.ndarray:
+    """The token ids (N,) of the surroundings, of about TEXT_TOKENS at most.
+
+    Raises InputError if there are none.
+    """
     documents = [FILLER]
-    if config.surroundings != "filler":
-        splits = load_corpus(config.surroundings, config.text_path).documents
-        wanted = [splits["test"]] if config.surroundings == "stdlib" else splits.values()
+    if surroundings != "filler":
+        # Of the standard library only the test split, which no model here has trained
+        # on.
+        splits = load_corpus(surroundings, tuple(text_path)).documents
+        wanted = [splits["test"]] if surroundings == "stdlib" else splits.values()
         documents = [text for split in wanted for _, text in split]
     ids: list[int] = []
     for text in documents:
@@ -114,17 +175,28 @@ def text_around(tokenizer: TextTokenizer, config: NeedleConfig) -> Any:
         if len(ids) > TEXT_TOKENS:
             break
     if not ids:
-        raise InputError(f"text_path is {' '.join(config.text_path)!r}; it holds no token")
+        raise InputError(f"text_path is {' '.join(text_path)!r}; it holds no token")
     return torch.tensor(ids).numpy()
 
 
 @torch.no_grad()
-def answered(model: Any, passkey: Passkey, longterm: LongTermConfig, piece: int) -> tuple[bool, int]:
-    """Whether the model says the key, and the bytes of its cache after it has read the prompt."""
+def answered(
+    model: Any, passkey: Passkey, longterm: LongTermConfig, piece: int
+) -> tuple[bool, int]:
+    """Whether the model writes the key, and the bytes of its cache after reading the
+    prompt."""
     prompt, answer = (torch.from_numpy(part)[None] for part in (passkey.prompt, passkey.answer))
-    cache: Any = memory_cache(model, longterm) if mechanisms(model) or longterm.is_special else DynamicCache()
+    # A model without mka's layers has transformers' own cache.
+    cache: Any = (
+        memory_cache(model, longterm)
+        if mechanisms(model) or longterm.is_special
+        else DynamicCache()
+    )
     first = read_in_pieces(model, prompt, cache, piece)
     held = sum(state.nbytes for state in states(cache))
+    # The true answer is read in one go: a token counts only if it is the likeliest
+    # after the true ones before it, and all of them count only if greedy decoding would
+    # have written the same.
     rest = model(answer[:, :-1].to(model.device), use_cache=True, **{CACHE_ARGUMENT: cache}).logits
     said = torch.cat([first[:, None], rest], dim=1).argmax(-1).cpu()
     return bool((said == answer).all()), held

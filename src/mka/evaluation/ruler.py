@@ -1,79 +1,132 @@
-"""RULER's synthetic tasks (arXiv 2404.06654) as lm-eval makes and scores them, without a network.
+"""RULER's synthetic tasks (arXiv 2404.06654), generated and scored by lm-eval without a
+network.
 
-Those among essays and those over question-answering sets are left out: their texts are on a hub. lm-eval makes 500
-prompts of a task and length, whatever number of them is asked.
+The tasks that use essays or question-answering datasets are left out, because their
+texts are on a hub. lm-eval generates 500 prompts per task and length, however many of
+them are used.
 """
 
-import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mka.commands import RulerConfig
-from mka.limits import InputError
-from mka.loading import load
-from mka.storage import write_atomically
+from mka.errors import InputError
 
 PACKAGES = ("lm_eval", "nltk", "wonderwords")
 ANSWER_TOKENS = 128
-"""Tokens of the longest answer that a task asks for."""
+"""Tokens in the longest answer that a task asks for."""
 
 
-def score_ruler(config: RulerConfig, say: Callable[[str], None]) -> None:
-    """Print a row a task and length. Raises InputError for a missing package, a model that cannot be loaded or is too
-    short, and a task that cannot be made with its tokenizer."""
+@dataclass(frozen=True)
+class RulerScore:
+    """The score for one task at one length.
+
+    Attributes:
+        task: the task's name in lm-eval.
+        tokens: the length of a prompt, in tokens.
+        accuracy: the share of the expected answers that are in what the model wrote.
+        samples: the number of prompts.
+    """
+
+    task: str
+    tokens: int
+    accuracy: float
+    samples: int
+
+
+def check_packages() -> None:
+    """Raise InputError, naming the package, if a required package is missing."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise InputError(f"eval ruler needs the package {missing[0]}; pip install 'mka[ruler]'")
-    model, tokenizer = load(config.model)
-    positions = model.config.max_position_embeddings if hasattr(model.config, "n_positions") else None
-    if positions is not None and positions < max(config.lengths):
-        raise InputError(f"lengths holds {max(config.lengths)}; {config.model} has learned {positions:,} positions")
-    say(f"{'task':<18} {'tokens':>7}  {'accuracy':>8}")
-    lines = []
+
+
+def ruler_scores(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    samples: int = 10,
+) -> Iterator[RulerScore]:
+    """Run RULER's tasks; yields one score per task and length, each as soon as it is
+    known.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: the model's tokenizer.
+        name: the model's folder or its name on the hub, from which lm-eval reads the
+            tokenizer again.
+        tasks: names of tasks in lm-eval.
+        lengths: lengths of the prompts, in tokens.
+        samples: prompts per task and length.
+
+    Raises InputError for a missing package, for a length beyond the model's learned
+    positions, and for a task that cannot be generated with its tokenizer.
+    """
+    check_packages()
+    # Only models with learned positions, such as GPT-2, have this attribute and a hard
+    # limit.
+    positions = (
+        model.config.max_position_embeddings if hasattr(model.config, "n_positions") else None
+    )
+    if positions is not None and positions < max(lengths):
+        raise InputError(
+            f"lengths holds {max(lengths)}; {name} has learned {positions:,} positions"
+        )
     with offline():
-        for task in config.tasks:
-            for length in config.lengths:
-                accuracy = ask(config, model, tokenizer, task, length)
-                say(f"{task:<18} {length:>7,}  {accuracy:>8.3f}  ({config.samples} prompts)")
-                row = {"model": config.model, "task": task, "tokens": length, "accuracy": accuracy}
-                lines.append(json.dumps(row | {"samples": config.samples}))
-    if config.output is not None:
-        write_atomically(Path(config.output), "\n".join(lines) + "\n")
+        for task in tasks:
+            for length in lengths:
+                accuracy = ask(model, tokenizer, name, task, length, samples)
+                yield RulerScore(task, length, accuracy, samples)
 
 
-def ask(config: RulerConfig, model: Any, tokenizer: Any, task: str, length: int) -> float:
-    """The share of the answers that a task wants, found in what the model wrote, over its first prompts."""
+def ask(model: Any, tokenizer: Any, name: str, task: str, length: int, samples: int) -> float:
+    """The share of the expected answers in what the model wrote, for the first
+    `samples` prompts.
+
+    Raises InputError if the task cannot be generated at this length with this
+    tokenizer.
+    """
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
+    # Typed as Any, because lm-eval's own types are incomplete.
     evaluate: Any = evaluator.simple_evaluate
     make: Any = HFLM
-    asked = make(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=length + ANSWER_TOKENS)
-    made_for = {"tokenizer": config.model, "max_seq_lengths": [length]}
+    asked = make(
+        pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=length + ANSWER_TOKENS
+    )
+    made_for = {"tokenizer": name, "max_seq_lengths": [length]}
     try:
-        found = evaluate(asked, tasks=[task], limit=config.samples, metadata=made_for, bootstrap_iters=0)
+        found = evaluate(asked, tasks=[task], limit=samples, metadata=made_for, bootstrap_iters=0)
     except InputError:
+        # A ValueError too, but one that already has a message for the user.
         raise
     except (ZeroDivisionError, IndexError, ValueError) as error:
         raise InputError(
-            f"tasks holds {task!r}; it cannot be made of {length:,} tokens of this tokenizer ({error}): "
-            "another length or task"
+            f"tasks holds {task!r}; it cannot be generated with {length:,} tokens of this "
+            f"tokenizer ({error}): use another length or task"
         ) from error
     return float(found["results"][task][f"{length},none"])
 
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """No hub is asked; and nltk finds the folder of a sentence splitter, which is for the essays alone."""
+    """Within the block, no package may use the network."""
     import nltk
 
     before = dict(os.environ)
-    os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    os.environ.update(
+        {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    )
+    # lm-eval downloads nltk's sentence splitter unless its folder exists; only the
+    # essays, which are left out, would use it. So an empty folder is enough.
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizers" / "punkt_tab").mkdir(parents=True)
         nltk.data.path.append(folder)

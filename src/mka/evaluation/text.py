@@ -1,19 +1,18 @@
-"""How well a model predicts whole documents, in units that are always named.
+"""How well a model predicts whole documents: perplexities and bits per byte.
 
-    document  [end of text] t_0 t_1 ... t_n-1      each t_i is predicted once, from at most `max_length` tokens before
-    windows   |-- max_length --|                   the first predicts all of its tokens,
-                   |-- max_length --|              each later one the `stride` tokens that come anew
+    document  [end of text] t_0 t_1 ... t_n-1   each t_i is predicted once
+    windows   |-- max_length --|                the first predicts all of its tokens,
+                   |-- max_length --|           each later one its last `stride` tokens
 
-With `stride` = `max_length` these are lm-eval's rolling windows, and the sums its word_perplexity, byte_perplexity and
-bits_per_byte (words: what white space parts; bytes: of UTF-8).
+With `stride` = `max_length` these are lm-eval's rolling windows, and the sums are those
+of its word_perplexity, byte_perplexity and bits_per_byte. Words are separated by white
+space; bytes are those of UTF-8.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,43 +20,96 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mka.commands import PerplexityConfig, TextConfig
-from mka.data import load_corpus
-from mka.limits import InputError
-from mka.loading import load
-from mka.statistics import Estimate, ratio, verdict
-from mka.storage import write_atomically
+from mka.errors import InputError, check_at_least
+from mka.models import evaluating
+from mka.record.intervals import Estimate, Verdict, ratio, verdict
 
-Say = Callable[[str], None]
 FIRST_EDGE, EDGE_GROWTH = 64, 4
-SHOWN_IN_FULL = 1e6
 DEFAULT_LENGTH = 1024
-"""Tokens of a window where a model does not say how many it takes."""
+"""Tokens per window if the model's configuration gives no limit."""
 
 
 @dataclass(frozen=True)
-class DocumentScores:
-    """Sums of each document (N,), and the nats of each token of the long ones' first windows (L, max_length)."""
+class Perplexity:
+    """Scores of N documents: sums per document, which give every value and its 95 %
+    interval.
+
+    Attributes:
+        nats: the negative log-likelihood of each document, (N,).
+        tokens: the predicted tokens of each document, (N,).
+        long: nats of each token in the first window of the documents that fill one,
+            (L, max_length).
+        max_length: tokens per window.
+        stride: tokens that each window after the first predicts. words, num_bytes:
+        words and bytes of each document's text, (N,); None if only token ids were
+        given.
+    """
 
     nats: np.ndarray
     tokens: np.ndarray
-    words: np.ndarray
-    num_bytes: np.ndarray
     long: np.ndarray
+    max_length: int
+    stride: int
+    words: np.ndarray | None = None
+    num_bytes: np.ndarray | None = None
 
-    def figures(self) -> dict[str, tuple[str, Estimate]]:
-        """By name: the unit, and the value with its interval."""
-        token, word = ratio(self.nats, self.tokens), ratio(self.nats, self.words)
-        return {
-            "loss": ("nats per token", token),
-            "token_perplexity": ("per token of this tokenizer", Estimate(*map(exp, token))),
-            "word_perplexity": ("per word", Estimate(*map(exp, word))),
-            "bits_per_byte": ("comparable between tokenizers", ratio(self.nats / math.log(2), self.num_bytes)),
-        }
+    @property
+    def loss(self) -> Estimate:
+        """The mean loss, in nats per token."""
+        return ratio(self.nats, self.tokens)
+
+    @property
+    def token_perplexity(self) -> Estimate:
+        """exp(loss), per token of this tokenizer."""
+        return Estimate(*map(exp, self.loss))
+
+    @property
+    def word_perplexity(self) -> Estimate:
+        """Perplexity per word. Raises InputError if the text is not known."""
+        return Estimate(*map(exp, ratio(self.nats, self.of_text(self.words))))
+
+    @property
+    def bits_per_byte(self) -> Estimate:
+        """Bits per byte of UTF-8, which can be compared between tokenizers.
+
+        Raises InputError if the text is not known.
+        """
+        return ratio(self.nats / math.log(2), self.of_text(self.num_bytes))
+
+    def by_position(self) -> Iterator[tuple[int, int, Estimate]]:
+        """Ranges of positions [begin, end) and the mean nats per token there.
+
+        Only documents that fill a window count; without one there are no ranges.
+        """
+        for begin, end in edges(self.max_length) if len(self.long) else ():
+            size = np.full(len(self.long), end - begin)
+            yield begin, end, ratio(self.long[:, begin:end].sum(1), size)
+
+    def minus(self, other: "Perplexity") -> tuple[Estimate, Verdict]:
+        """This model's bits per byte minus another model's on the same documents, and
+        the verdict.
+
+        Raises InputError if the text is not known.
+        """
+        # Paired by document, so that what is hard for both models cancels.
+        estimate = ratio((self.nats - other.nats) / math.log(2), self.of_text(self.num_bytes))
+        return estimate, verdict(estimate)
+
+    def of_text(self, counts: np.ndarray | None) -> np.ndarray:
+        """The counts, unchanged. Raises InputError if they are None."""
+        if counts is None:
+            raise InputError(
+                "words and bytes are not known of token ids; score the text: text_perplexity"
+            )
+        return counts
 
 
 class Window(NamedTuple):
-    """Inputs [begin, end) of a document's tokens, an end of text before them; [first, end) are predicted by it."""
+    """One window over a document: it reads the inputs [begin, end) and predicts [first,
+    end).
+
+    Inputs are the document's tokens with the end of text before them.
+    """
 
     begin: int
     first: int
@@ -65,117 +117,164 @@ class Window(NamedTuple):
 
 
 def exp(x: float) -> float:
-    """Infinity where a perplexity is beyond every number; NaN, an interval that is not there, stays NaN."""
+    """exp(x); infinity if it is too large for a float. NaN, a missing interval, stays
+    NaN."""
+    # math.exp raises an error above about 709.
     return math.inf if x > 709 else math.exp(x)
 
 
 def windows(num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
+    """The windows over a document of `num_tokens` tokens; together they predict each
+    token once."""
     first, end = 0, min(max_length, num_tokens)
     while first < num_tokens:
         yield Window(max(0, end - max_length), first, end)
         first, end = end, min(num_tokens, end + stride)
 
 
-def score_text(config: PerplexityConfig, say: Say) -> None:
-    """Print the table. Raises InputError for a model that cannot be loaded and for windows that it cannot take."""
-    documents = chosen_documents(config)
-    model, tokenizer = load(config.model)
-    scores = score_documents(model, tokenizer, documents, config)
-    of = f"{config.dataset}, {config.split} split: {len(scores.nats):,} documents"
-    size = f"{scores.tokens.sum():,} tokens, {scores.words.sum():,} words, {scores.num_bytes.sum():,} bytes"
-    say(f"{of}, {size}")
-    length = window_length(model, config)
-    say(f"windows of {length:,} tokens, {config.stride or length:,} predicted in each but the first")
-    for name, (unit, estimate) in scores.figures().items():
-        say(f"{name.replace('_', ' '):<17} {shown(estimate)}  {unit}")
-    if len(scores.nats) == 1:
-        say("one document: no interval can be computed, it takes two or more")
-    rows = {name: estimate.record() for name, (_, estimate) in scores.figures().items()}
-    positions = list(by_position(scores.long))
-    if positions:
-        say(f"loss by position, in the {len(scores.long)} documents of {length:,} tokens or more, nats per token:")
-    for begin, end, estimate in positions:
-        say(f"{f'{begin:,} to {end - 1:,}':<17} {shown(estimate)}")
-    found = {"model": config.model, "dataset": config.dataset, "split": config.split, "windows": length}
-    sums = {"documents": len(scores.nats), "tokens": int(scores.tokens.sum()), "bytes": int(scores.num_bytes.sum())}
-    by_range = [[begin, end, *estimate.record().values()] for begin, end, estimate in positions]
-    found |= {**sums, **rows, "by_position": by_range}
-    if config.baseline is not None:
-        found["difference"] = compare(scores, config, documents, say)
-    if config.output is not None:
-        write_atomically(Path(config.output), json.dumps(found) + "\n")
+def edges(length: int) -> Iterator[tuple[int, int]]:
+    """Ranges of positions up to `length`, each ending four times as far out: 0-64,
+    64-256, ..."""
+    begin, end = 0, FIRST_EDGE
+    while begin < length:
+        yield begin, min(end, length)
+        begin, end = end, end * EDGE_GROWTH
 
 
-def compare(scores: DocumentScores, config: PerplexityConfig, documents: Sequence[str], say: Say) -> dict[str, Any]:
-    """The same documents with another model: the difference in bits per byte, document by document."""
-    other = score_documents(*load(str(config.baseline)), documents, config)
-    nats = (scores.nats - other.nats) / math.log(2)
-    difference = ratio(nats, scores.num_bytes)
-    word = verdict(difference)
-    say(f"against {config.baseline}: {shown(difference, signed=True)}  bits per byte, {word}")
-    return {"baseline": config.baseline, "verdict": word, **difference.record()}
+def window_length(model: Any, max_length: int | None = None, stride: int | None = None) -> int:
+    """Tokens per window: `max_length`, or by default as many as the model was made for.
 
-
-def shown(estimate: Estimate, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    value, low, high = (
-        "above 1e308" if x == math.inf else f"{x:{sign},.4f}" if abs(x) < SHOWN_IN_FULL else f"{x:{sign}.3e}"
-        for x in estimate
-    )
-    return f"{value:>12}  ({f'{low} to {high}' if estimate.has_interval else 'no interval'})"
-
-
-def chosen_documents(config: TextConfig) -> list[str]:
-    splits = load_corpus(config.dataset, config.text_path).documents
-    documents = [text for _, text in splits[config.split] if text.strip()]
-    if not documents:
-        raise InputError(f"split is {config.split!r}; it is empty in {config.dataset}")
-    return documents
-
-
-def window_length(model: Any, config: PerplexityConfig) -> int:
-    """Raises InputError for more tokens than learned positions reach, and for a stride beyond the window."""
+    Raises InputError for more tokens than the model has learned positions for, and for
+    a stride longer than the window.
+    """
     takes = getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
-    length = config.max_length or takes
+    length = max_length or takes
+    # Rotary positions have no hard limit, so a longer window may be asked for.
     if length > takes and not getattr(model.config, "rope_parameters", None):
         raise InputError(f"max_length is {length}; this model has positions for {takes} tokens")
-    if config.stride is not None and config.stride > length:
-        raise InputError(f"stride is {config.stride}; a window has {length} tokens")
+    if stride is not None and stride > length:
+        raise InputError(f"stride is {stride}; a window has {length} tokens")
     return length
 
 
 @torch.no_grad()
-def score_documents(model: Any, tokenizer: Any, documents: Sequence[str], config: PerplexityConfig) -> DocumentScores:
-    """In order, until `max_tokens` are scored; a document is never cut."""
-    length = window_length(model, config)
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+def perplexity(
+    model: Any,
+    tokens: Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]],
+    *,
+    begin: int | None = None,
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 4,
+) -> Perplexity:
+    """Score token ids with a causal language model of transformers, ours or any other.
+
+    Args:
+        model: the model; it is scored in evaluation mode and then returned to its own
+            mode.
+        tokens: the ids of one document (T,), or of several: (N, T), or a list of lists
+            of ids.
+        begin: a token to put before each document so that its first token is predicted
+            too, as a rule the tokenizer's BOS or end of text. None: the first token is
+            only read.
+        max_length: tokens per window; None: as many as the model was made for.
+        stride: tokens that each window after the first predicts; None: all of them
+            (disjoint windows).
+        batch_size: windows to read at once.
+
+    Raises InputError for a document without a token to predict, and for windows that
+    are too long for the model.
+    """
+    for name, value in (("max_length", max_length), ("stride", stride), ("batch_size", batch_size)):
+        check_at_least(name, value, 1)
+    length = window_length(model, max_length, stride)
+    nats, counts, long = [], [], []
+    for number, ids in enumerate(documents_of(tokens)):
+        stream = ids if begin is None else torch.cat([torch.tensor([begin]), ids])
+        if len(stream) < 2:
+            raise InputError(
+                f"document {number} has {len(ids)} tokens; there is nothing to predict"
+            )
+        parts = [*windows(len(stream) - 1, length, stride or length)]
+        with evaluating(model):
+            losses = torch.cat([*token_losses(model, stream, parts, batch_size)])
+        nats.append(losses.sum().item())
+        counts.append(len(losses))
+        # Only the first window sees the document from its beginning, so position means
+        # the same.
+        if len(losses) >= length:
+            long.append(losses[:length].numpy())
+    if not nats:
+        raise InputError("tokens is empty; give at least one document")
+    # Reshaped, because an empty list would become an array without columns.
+    first_windows = np.array(long).reshape(len(long), length)
+    return Perplexity(np.array(nats), np.array(counts), first_windows, length, stride or length)
+
+
+def documents_of(tokens: Any) -> list[Tensor]:
+    """The ids of each document, one tensor (T,) per document, on the CPU."""
+    if isinstance(tokens, Tensor):
+        return [*tokens.cpu().long()] if tokens.dim() == 2 else [tokens.cpu().long()]
+    if len(tokens) and isinstance(tokens[0], int):
+        return [torch.tensor(tokens)]
+    return [torch.as_tensor(ids, dtype=torch.long).cpu() for ids in tokens]
+
+
+def text_perplexity(
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[str],
+    *,
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 4,
+    max_tokens: int | None = None,
+) -> Perplexity:
+    """Score texts as `perplexity` does, each after the tokenizer's BOS or end of text.
+
+    Words and bytes are counted too. Documents are taken in order, whole, until at least
+    `max_tokens` tokens are scored (None: all documents). Raises InputError for a
+    tokenizer without BOS and end of text, for documents without a token, and as
+    `perplexity` does.
+    """
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if begin is None:
-        raise InputError(f"model is {config.model!r}; its tokenizer has no token that begins a text")
-    nats, sizes, long = [], [], []
+        raise InputError("the tokenizer has no token that begins a text")
+    # Called for its errors, before a long corpus is tokenized.
+    window_length(model, max_length, stride)
+    taken: list[list[int]] = []
+    sizes: list[tuple[int, int]] = []
+    total = 0
     for text in documents:
+        # Not verbose: it would warn of every document that is longer than the model's
+        # limit.
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if not ids:
             continue
-        stream = torch.tensor([begin, *ids])
-        parts = [*windows(len(ids), length, config.stride or length)]
-        losses = torch.cat([*token_losses(model, stream, parts, config.batch_size)])
-        nats.append(losses.sum().item())
-        sizes.append((len(ids), len(re.split(r"\s+", text)), len(text.encode())))
-        if len(ids) >= length:
-            long.append(losses[:length].numpy())
-        if config.max_tokens is not None and sum(tokens for tokens, _, _ in sizes) >= config.max_tokens:
+        taken.append(ids)
+        sizes.append((len(re.split(r"\s+", text)), len(text.encode())))
+        total += len(ids)
+        if max_tokens is not None and total >= max_tokens:
             break
-    if not nats:
-        raise InputError(f"split is {config.split!r}; its documents hold no token")
-    tokens, words, num_bytes = np.array(sizes).T
-    return DocumentScores(np.array(nats), tokens, words, num_bytes, np.array(long).reshape(len(long), length))
+    if not taken:
+        raise InputError("the documents hold no token")
+    options = {"max_length": max_length, "stride": stride, "batch_size": batch_size}
+    words, num_bytes = np.array(sizes).T
+    return replace(
+        perplexity(model, taken, begin=begin, **options), words=words, num_bytes=num_bytes
+    )
 
 
-def token_losses(model: Any, stream: Tensor, parts: Sequence[Window], batch_size: int) -> Iterator[Tensor]:
-    """Nats (end - first,) float64 of each window's tokens; windows are filled up at the right, which no token sees."""
+def token_losses(
+    model: Any, stream: Tensor, parts: Sequence[Window], batch_size: int
+) -> Iterator[Tensor]:
+    """The nats of the tokens that each window predicts, float64 (end - first,)."""
     for start in range(0, len(parts), batch_size):
         group = parts[start : start + batch_size]
-        ids = torch.zeros(len(group), max(part.end - part.begin for part in group), dtype=torch.long)
+        # Padded on the right, which no token sees in a causal model.
+        ids = torch.zeros(
+            len(group), max(part.end - part.begin for part in group), dtype=torch.long
+        )
         for row, part in zip(ids, group, strict=True):
             row[: part.end - part.begin] = stream[part.begin : part.end]
         logits = model(ids.to(model.device), use_cache=False).logits
@@ -183,17 +282,3 @@ def token_losses(model: Any, stream: Tensor, parts: Sequence[Window], batch_size
             predicted = row[part.first - part.begin : part.end - part.begin].float()
             due = stream[part.first + 1 : part.end + 1].to(predicted.device)
             yield cross_entropy(predicted, due, reduction="none").double().cpu()
-
-
-def by_position(long: np.ndarray) -> Iterator[tuple[int, int, Estimate]]:
-    """Each range of positions and the loss there; nothing without long documents."""
-    for begin, end in edges(long.shape[1]) if len(long) else ():
-        yield begin, end, ratio(long[:, begin:end].sum(1), np.full(len(long), end - begin))
-
-
-def edges(length: int) -> Iterator[tuple[int, int]]:
-    """Ranges of positions, each four times as far as the one before: 0-64, 64-256, ..., up to `length`."""
-    begin, end = 0, FIRST_EDGE
-    while begin < length:
-        yield begin, min(end, length)
-        begin, end = end, end * EDGE_GROWTH

@@ -1,6 +1,8 @@
-"""The main job: train and evaluate every mechanism under the same conditions, one result line each.
+"""The main job: train and evaluate all mechanisms under the same conditions, one result
+each.
 
-corpus -> tokens -> same batches in the same order -> model with one mechanism -> held-out loss -> results.jsonl
+corpus -> tokens -> the same batches in the same order -> a model with one mechanism
+-> held-out loss -> results.jsonl
 """
 
 import gc
@@ -17,27 +19,21 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mka.arms import Arm
-from mka.config import ATTENTION_TITLES, OPTION_FLAGS, PRESETS, BenchmarkConfig, attention_options, layers_of
 from mka.distributed import Ranks, lost_ranks_said, start_ranks
 from mka.evaluation import HeldOutLoss, held_out_loss
-from mka.experiments.afterwards import observe_models
+from mka.experiments.budgets import match_cache, matched_intermediate_size, model_flops
 from mka.experiments.comparison import Comparison, announce, prepare
+from mka.experiments.costs import observe_models
 from mka.experiments.folder import identity
 from mka.experiments.launch import read_deepspeed
 from mka.experiments.neighbours import Neighbours
 from mka.experiments.progress import show_progress
 from mka.experiments.tracking import check_tracker, tracked
-from mka.models import (
-    build_model,
-    checkpoint_blocks,
-    match_cache,
-    matched_intermediate_size,
-    mechanisms,
-    model_flops,
-    preset_config,
-)
-from mka.results import Result, append_result, write_curve
+from mka.models import build_model, checkpoint_blocks, mechanisms, preset_config
+from mka.record.config import PRESETS, BenchmarkConfig, attention_options, layers_of
+from mka.record.mechanisms import MECHANISMS, OPTION_FLAGS
+from mka.record.results import Result, RunFolder, append_result, run_name, write_curve
+from mka.record.studies import Arm
 from mka.storage import replace_folder
 from mka.training import (
     Checkpoints,
@@ -56,19 +52,28 @@ from mka.training import (
 )
 
 LOOK_TOKENS = 2**13
-"""Held-out tokens of one look during training; the result at the end is taken over the preset's eval_tokens."""
+"""Held-out tokens to score during a training; the result at the end uses the preset's
+eval_tokens."""
 CACHE_DTYPE = torch.bfloat16
+"""The type that caches are counted in, whatever a training computes in."""
 BLOCK_DECIMALS = 6
+"""Decimals of a block's loss in results.jsonl."""
 
 
-def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[[Result], None]) -> Path:
-    """Run what is missing of a comparison; returns its folder. Every rank of a launch calls it; the first one writes.
+def run_benchmark(
+    given: BenchmarkConfig, console: Console, on_result: Callable[[Result], None]
+) -> Path:
+    """Run the trainings that a comparison lacks; returns its folder. Collective.
 
-    `on_result` is called, on the first rank, with each result once it is safely in results.jsonl. Raises InputError,
-    before anything is written, for settings or data that cannot work and for a folder that another run writes to;
-    NonFiniteLoss if a training diverges; RankLost if another rank dies; Interrupted after a signal, when the checkpoint
-    is written.
+    Every rank of a launch calls it; the first one writes. `on_result` is called, on the
+    first rank, with each result once it is safely in results.jsonl.
+
+    Raises InputError, before anything is written, for settings or data that cannot work
+    and for a folder that another run is writing to; NonFiniteLoss if a training
+    diverges; OutOfMemory if it does not fit; RankLost if another rank dies; Interrupted
+    after a signal, when the checkpoint is written.
     """
+    # All that can fail without the other ranks is done before they meet.
     config = given.resolved()
     check_tracker(config.track)
     deepspeed = read_deepspeed(config)
@@ -78,6 +83,8 @@ def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[
         with lost_ranks_said("between two trainings"):
             comparison = prepare(config, ranks, console, held, deepspeed)
             announce(comparison)
+            # Seed by seed: an interrupted run has compared all mechanisms with the
+            # first seeds.
             for seed, arm in product(config.seeds, config.arms):
                 result = result_of(comparison, arm, seed)
                 if result is not None and ranks.is_main:
@@ -89,31 +96,45 @@ def run_benchmark(given: BenchmarkConfig, console: Console, on_result: Callable[
 
 
 def result_of(comparison: Comparison, arm: Arm, seed: int) -> Result | None:
-    """That of one mechanism; None if it was there already. Collective."""
+    """Train one mechanism and return its result; None if there was one already.
+    Collective."""
     if (arm.name, seed) not in comparison.finished:
         return run_one(comparison, arm, seed)
-    comparison.console.print(f"✅ {arm.name.upper()} with seed {seed} is already in {comparison.folder}/results.jsonl")
-    if comparison.ranks.is_main:  # left by a run that was killed just before it would have done this
+    comparison.console.print(
+        f"✅ {arm.name.upper()} with seed {seed} is already in {comparison.folder}/results.jsonl"
+    )
+    # A run that was killed right after its result was written has left checkpoints.
+    if comparison.ranks.is_main:
         checkpoints_of(comparison, arm, seed).clear()
     return None
 
 
 def observe(comparison: Comparison) -> None:
-    """What is observed afterwards; the results are complete without it."""
+    """Measure costs and routers; the results are complete even if memory runs out
+    here."""
     try:
         observe_models(comparison)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        comparison.console.print("Out of memory while costs and routers were observed; all results are there")
+        comparison.console.print(
+            "Out of memory while measuring costs and routers; all results were saved"
+        )
 
 
 def run_one(comparison: Comparison, arm: Arm, seed: int) -> Result:
-    """Train and evaluate one mechanism, and append its result. Collective."""
+    """Train and evaluate one mechanism, and append its result. Collective.
+
+    Raises NonFiniteLoss, naming mechanism and seed, if it diverges, and OutOfMemory if
+    it does not fit.
+    """
     console = comparison.console
     console.print(f"\n🏁 Testing {arm.name.upper()}...")
     seeds = comparison.config.seeds
-    console.print(f"Using {ATTENTION_TITLES[arm.attention_type]}" + (f" (seed {seed})" if len(seeds) > 1 else ""))
+    console.print(
+        f"Using {MECHANISMS[arm.attention_type].title}"
+        + (f" (seed {seed})" if len(seeds) > 1 else "")
+    )
     try:
         return train_and_score(comparison, arm, seed)
     except NonFiniteLoss as error:
@@ -121,15 +142,22 @@ def run_one(comparison: Comparison, arm: Arm, seed: int) -> Result:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        failure = error.with_traceback(None)  # its frames hold what did not fit; Python 3.10 lets go of them below
+        # Without its traceback, whose frames hold what did not fit. The advice is
+        # computed outside of this block, because it needs a model of its own.
+        failure = error.with_traceback(None)
     raise OutOfMemory(f"{arm.name}, seed {seed}: {out_of_memory(comparison, arm, seed, failure)}")
 
 
 def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
+    """Train one mechanism, score it on the held-out split, and save both.
+    Collective."""
     config, ranks = comparison.config, comparison.ranks
+    # Begun before the model is made, whose weights are part of what the mechanism
+    # needs.
     memory = PeakMemory(ranks.device)
     model = make_model(comparison, arm, seed)
     length = config.sequence_length
+    # Counted before the training, which may divide the parameters among the ranks.
     parameters = sum(p.numel() for p in model.parameters())
     cache_bytes = sum(m.state_nbytes(1, length, CACHE_DTYPE) for m in mechanisms(model))
     checkpoints = checkpoints_of(comparison, arm, seed)
@@ -139,8 +167,11 @@ def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
     started = time.perf_counter()
     held = evaluate(comparison, model)
     eval_seconds = time.perf_counter() - started
-    if not math.isfinite(held.perplexity):  # every rank has the same sums
-        raise NonFiniteLoss(f"the held-out loss is {held.loss:.6g}, and its perplexity no finite number: no result")
+    # All ranks have the same sums, so all of them raise or none does.
+    if not math.isfinite(held.perplexity):
+        raise NonFiniteLoss(
+            f"the held-out loss is {held.loss:.6g} and its perplexity is not finite: no result"
+        )
     peak = highest(ranks, memory.peak())
     result = Result(
         attention_type=arm.attention_type,
@@ -150,6 +181,7 @@ def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
         eval_loss=held.loss,
         perplexity=held.perplexity,
         bits_per_byte=held.bits_per_byte,
+        # Rounded: a line of results.jsonl holds hundreds of them.
         eval_block_losses=[round(loss, BLOCK_DECIMALS) for loss in held.block_losses],
         train_seconds=run.seconds,
         eval_seconds=eval_seconds,
@@ -170,19 +202,35 @@ def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
     return result
 
 
-def keep(comparison: Comparison, model: Any, run: TrainingRun, result: Result, checkpoints: Checkpoints) -> None:
-    """What a training leaves: the model, its curve and, once these are there, its result."""
-    export_model(comparison, model, result.file_name, checkpoints, len(run.losses))
+def keep(
+    comparison: Comparison, model: Any, run: TrainingRun, result: Result, checkpoints: Checkpoints
+) -> None:
+    """Save what a training leaves behind: the model, its curve and its result."""
+    # The result comes last, because it is what counts as finished: a kill before it
+    # costs nothing but the steps since the last checkpoint, which is removed only
+    # afterwards.
+    export_model(comparison, model, result, checkpoints, len(run.losses))
     write_curve(comparison.folder, result.name, result.seed, run.curve)
     append_result(comparison.folder, result)
     checkpoints.clear()
 
 
 def make_model(comparison: Comparison, arm: Arm, seed: int) -> nn.Module:
-    """A GPT-2 of the preset's size; with --match its MLP makes up for what the mechanism costs, or its heads do."""
+    """A GPT-2 of the preset's size with one mechanism; with --match, its MLP or heads
+    are resized.
+
+    Raises InputError if no size matches.
+    """
     config, tokenizer = comparison.config, comparison.corpus.tokenizer
-    kind, options = arm.attention_type, attention_options(arm.attention_type, config) | dict(arm.options)
-    preset = replace(PRESETS[config.preset], vocab_size=tokenizer.vocab_size, sequence_length=config.sequence_length)
+    kind, options = (
+        arm.attention_type,
+        attention_options(arm.attention_type, config) | dict(arm.options),
+    )
+    preset = replace(
+        PRESETS[config.preset],
+        vocab_size=tokenizer.vocab_size,
+        sequence_length=config.sequence_length,
+    )
     gpt2 = preset_config(preset, tokenizer.eos_id)
     if config.match == "cache":
         options = match_cache(kind, gpt2, config.num_groups, **options)
@@ -195,33 +243,47 @@ def make_model(comparison: Comparison, arm: Arm, seed: int) -> nn.Module:
 
 
 def settings_of(comparison: Comparison, arm: Arm) -> dict[str, Any]:
-    """What a row was made with: of the flags that not all mechanisms take, those that this one does."""
-    shared = {name: value for name, value in comparison.description.items() if name not in OPTION_FLAGS}
+    """The settings of a result: the shared ones, and the options that its mechanism
+    takes."""
+    shared = {
+        name: value for name, value in comparison.description.items() if name not in OPTION_FLAGS
+    }
     taken = attention_options(arm.attention_type, comparison.config) | dict(arm.options)
     if (layers := layers_of(arm.attention_type, comparison.config)) != "all":
         taken["memory_layers"] = layers
     return shared | taken | {"seeds": list(comparison.config.seeds)}
 
 
-def export_model(comparison: Comparison, model: Any, name: str, checkpoints: Checkpoints, step: int) -> None:
-    """The model after its last step, as a folder that `from_pretrained` loads: all of it with its manifest, or none."""
+def export_model(
+    comparison: Comparison, model: Any, result: Result, checkpoints: Checkpoints, step: int
+) -> None:
+    """Write the trained model as a folder that `from_pretrained` loads, whole or not at
+    all."""
 
     def fill(folder: Path) -> dict[str, Any]:
+        """Write configuration, tokenizer and weights; the manifest needs no details."""
         model.config.save_pretrained(folder)
         comparison.corpus.tokenizer.save(folder)
+        # The weights of the last checkpoint are whole, while a sharded model holds only
+        # a part.
         checkpoints.export_weights(step, folder / "model.safetensors")
         return {}
 
-    replace_folder(comparison.folder / "models" / name, fill)
+    replace_folder(RunFolder(comparison.folder).model(result.name, result.seed), fill)
 
 
 def checkpoints_of(comparison: Comparison, arm: Arm, seed: int) -> Checkpoints:
+    """The checkpoints of one training."""
     whose = identity(comparison.description) | {"attention_type": arm.name, "seed": seed}
-    folder = comparison.folder / "checkpoints" / f"{arm.name}-seed{seed}"
+    folder = RunFolder(comparison.folder).checkpoints(arm.name, seed)
     return Checkpoints(folder, whose, comparison.config.keep_checkpoints)
 
 
-def train_model(comparison: Comparison, model: nn.Module, arm: Arm, seed: int, checkpoints: Checkpoints) -> TrainingRun:
+def train_model(
+    comparison: Comparison, model: nn.Module, arm: Arm, seed: int, checkpoints: Checkpoints
+) -> TrainingRun:
+    """Train a model, with progress and tracking; resumes from its checkpoints.
+    Collective."""
     config, console = comparison.config, comparison.console
     batches = comparison.batches(seed)
     plan = TrainingPlan(
@@ -235,14 +297,16 @@ def train_model(comparison: Comparison, model: nn.Module, arm: Arm, seed: int, c
         strategy=config.strategy,
         deepspeed=comparison.deepspeed,
     )
+    # One rank sends the curves; they are the same on all of them.
     tracker = config.track if comparison.ranks.is_main else "none"
     settings = {"attention_type": arm.name, "seed": seed}
     with (
         show_progress(console, plan.steps) as show,
-        tracked(tracker, comparison.folder, f"{arm.name}-seed{seed}", settings) as track,
+        tracked(tracker, comparison.folder, run_name(arm.name, seed), settings) as track,
     ):
 
         def on_step(run: TrainingRun) -> None:
+            """Show progress, and send it to the tracker."""
             show(run)
             track(run)
 
@@ -257,28 +321,39 @@ def train_model(comparison: Comparison, model: nn.Module, arm: Arm, seed: int, c
 
 
 def out_of_memory(comparison: Comparison, arm: Arm, seed: int, error: BaseException) -> str:
-    """The advice for a training that did not fit, from a model made anew and one row of it."""
+    """The advice for a training that did not fit, measured on a new model with one
+    row."""
+    # Frees what the failed training still holds in cycles of references.
     gc.collect()
     model = make_model(comparison, arm, seed)
-    row = activation_bytes(model, comparison.config.sequence_length, comparison.precision.autocast())
+    row = activation_bytes(
+        model, comparison.config.sequence_length, comparison.precision.autocast()
+    )
     rows = comparison.rows_per_part
     strategy = comparison.environment["launch"]["strategy"].removeprefix("deepspeed ")
     memory = StepMemory.of(model, row, rows, strategy, comparison.ranks.count)
     return advice(error, memory, rows, comparison.accumulation)
 
 
-def evaluate(comparison: Comparison, model: nn.Module, max_tokens: int | None = None) -> HeldOutLoss:
-    """Loss on the validation split; never on train. Collective."""
+def evaluate(
+    comparison: Comparison, model: nn.Module, max_tokens: int | None = None
+) -> HeldOutLoss:
+    """The loss on the validation split; by default on the preset's eval_tokens.
+    Collective."""
     scored, ranks = comparison.held_out(max_tokens), comparison.ranks
     return held_out_loss(model, scored, ranks.device, comparison.precision.autocast(), ranks)
 
 
 def highest(ranks: Ranks, peak: Peak) -> Peak:
-    """The largest of all ranks; None where a rank could not measure. Collective."""
+    """The largest peaks of all ranks; None where a rank could not measure.
+    Collective."""
     peaks = ranks.gather(peak)
-    return Peak(highest_or_none([p.allocated for p in peaks]), highest_or_none([p.reserved for p in peaks]))
+    allocated = highest_or_none([p.allocated for p in peaks])
+    reserved = highest_or_none([p.reserved for p in peaks])
+    return Peak(allocated, reserved)
 
 
 def highest_or_none(values: list[int | None]) -> int | None:
+    """The largest value; None if any of them is None."""
     measured = [value for value in values if value is not None]
     return max(measured) if len(measured) == len(values) else None

@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""What a result was measured on: software, processor and commit."""
 
 import os
 import platform
@@ -22,7 +22,11 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "platform": platform.platform(),
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        # Of the device that computes: the processor's name says little about a GPU's
+        # times.
+        "processor": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device.type,
@@ -32,6 +36,8 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
 
 
 def processor_name() -> str:
+    """The name of the CPU."""
+    # Python's platform.processor is empty or just "x86_64" on most Linux systems.
     if CPUINFO.is_file():
         for line in CPUINFO.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -40,7 +46,9 @@ def processor_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the source tree that runs, with + for local changes; None outside a git checkout."""
+    """The commit of this source tree, with + for local changes; None outside a git
+    checkout."""
+    # Of the package's folder, not the current one, which may be another repository.
     folder = Path(__file__).parent
     try:
         git = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12"]

@@ -1,7 +1,8 @@
 """Records in files, mapped for reading.
 
-A state's own file has no name: it is removed from its folder as soon as it is open, so a killed process leaves nothing,
-and nobody else can write to it or cut it. Room is set aside before anything is written.
+A state's own file has no name: it is removed from its folder as soon as it is open, so
+a killed process leaves nothing behind, and nobody else can write to it or truncate it.
+Space is reserved before anything is written.
 """
 
 import mmap
@@ -13,16 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mka.limits import InputError
+from mka.errors import InputError
 from mka.memory.store import Budget, RecordForm, Store
 
 SMALL_READ = 64
-"""Pages behind reads of so few records stay mapped: those of a token that is decoded."""
+"""After reads of at most this many records, such as those of one decoded token, the
+pages stay in memory."""
 COPY_BYTES = 2**24
+"""Bytes per step when a file is copied."""
 
 
 class MappedFile:
-    """A file of records, mapped for reading; what was read is given back, so that it does not count as ours."""
+    """A file of records, mapped for reading.
+
+    Args:
+        handle: descriptor of the open file; `close` closes it.
+        form: the form of its records.
+        access: flags of the mapping. Default: MAP_SHARED.
+    """
 
     def __init__(self, handle: int, form: RecordForm, access: int = mmap.MAP_SHARED) -> None:
         self.handle, self.form, self.access = handle, form, access
@@ -30,7 +39,8 @@ class MappedFile:
         self.data = torch.empty(0, form.groups, form.block, form.width, dtype=form.dtype)
 
     def remap(self, chunks: int) -> None:
-        """Map the first `chunks` chunks, which the file must hold."""
+        """Map the first `chunks` chunks, for which the file must be long enough."""
+        # An empty range cannot be mapped.
         if not chunks:
             return
         self.map = mmap.mmap(self.handle, chunks * self.form.chunk_bytes, self.access)
@@ -38,21 +48,30 @@ class MappedFile:
         self.data = flat.view(chunks, self.form.groups, self.form.block, self.form.width)
 
     def read(self, chunk: Tensor, group: Tensor) -> Tensor:
-        """(N, block, width), a copy."""
+        """A copy of the N records named by two (N,) tensors, as (N, block, width)."""
         found = self.data[chunk, group]
+        # Pages that were read would count as memory of this process; a large read would
+        # keep much of the file there.
         if self.map is not None and len(chunk) > SMALL_READ:
             self.map.madvise(mmap.MADV_DONTNEED)
         return found
 
     def close(self) -> None:
+        """Close the file. The mapping goes with the last tensor that refers to it."""
         self.data, self.map = self.data[:0].clone(), None
         os.close(self.handle)
 
 
 class DiskStore(Store):
-    """In files without a name, one for each row, in `folder` (None: the system's for temporary files)."""
+    """Records in files without a name, one file per row.
 
-    def __init__(self, form: RecordForm, rows: int, budget: Budget, folder: str | None = None) -> None:
+    folder: the directory of the files. Default: None, the system's temporary directory.
+    Raises InputError if the directory cannot hold them.
+    """
+
+    def __init__(
+        self, form: RecordForm, rows: int, budget: Budget, folder: str | None = None
+    ) -> None:
         super().__init__(form, rows, budget)
         self.folder = folder
         self.files = [MappedFile(self._open(), form) for _ in range(rows)]
@@ -68,8 +87,8 @@ class DiskStore(Store):
     def _refused(self, error: OSError) -> InputError:
         where = self.folder or tempfile.gettempdir()
         return InputError(
-            f"longterm_folder is {where!r}; it cannot hold the long-term store: {error.strerror}; give a folder on a "
-            "disk with room, or longterm_store host"
+            f"longterm_folder is {where!r}; it cannot hold the long-term store: "
+            f"{error.strerror}; choose a folder on a disk with room, or longterm_store host"
         )
 
     def _grow(self, chunks: int) -> None:
@@ -77,23 +96,30 @@ class DiskStore(Store):
         for file in self.files:
             try:
                 set_aside(file.handle, self.capacity * size, chunks * size)
+                # Mapped an eighth ahead, so that not every chunk maps again. Truncating
+                # to a larger size gives the map room but takes none on the disk.
                 if len(file.data) < chunks:
                     ahead = chunks + chunks // 8
-                    os.ftruncate(file.handle, ahead * size)  # room in the map, not on the disk yet
+                    os.ftruncate(file.handle, ahead * size)
                     file.remap(ahead)
             except OSError as error:
                 raise self._refused(error) from error
 
     def _shrink(self, chunks: int) -> None:
         for file in self.files:
+            # The first call frees the space on the disk. The second restores the
+            # length: reading a mapped page beyond the end of a file would kill the
+            # process.
             os.ftruncate(file.handle, chunks * self.form.chunk_bytes)
-            os.ftruncate(file.handle, len(file.data) * self.form.chunk_bytes)  # what is mapped, not on the disk
+            os.ftruncate(file.handle, len(file.data) * self.form.chunk_bytes)
 
     def write(self, row: int, start: int, values: Tensor) -> None:
+        """Write values (N, groups, width) as entries start .. start + N of a row."""
         form, values = self.form, values.to("cpu", self.form.dtype)
         first, last = start // form.block, form.chunks(start + len(values))
         place = start - first * form.block
-        if len(values) < (last - first) * form.block:  # chunks that are written in part are read first
+        # Records are written whole, so chunks that change only in part are read first.
+        if len(values) < (last - first) * form.block:
             held = self.files[row].data[first:last].transpose(1, 2).flatten(0, 1)
             held[place : place + len(values)] = values
             values = held
@@ -101,6 +127,8 @@ class DiskStore(Store):
         write_all(self.files[row].handle, raw.view(torch.uint8).numpy(), first * form.chunk_bytes)
 
     def read(self, row: Tensor, chunk: Tensor, group: Tensor) -> Tensor:
+        """The N records named by three (N,) tensors, as (N, block, width), on the
+        CPU."""
         row, chunk, group = row.cpu(), chunk.cpu(), group.cpu()
         if self.rows == 1:
             return self.files[0].read(chunk, group)
@@ -111,7 +139,8 @@ class DiskStore(Store):
         return found
 
     def _select(self, rows: Sequence[int]) -> None:
-        """A row that is taken twice is copied."""
+        """A row that is taken a second time is copied; the first time its file is
+        passed on."""
         free, files = set(range(self.rows)) - set(rows), []
         taken: set[int] = set()
         for row in rows:
@@ -127,7 +156,12 @@ class DiskStore(Store):
         try:
             set_aside(copy.handle, 0, end)
             for offset in range(0, end, COPY_BYTES):
-                write_all(copy.handle, os.pread(file.handle, min(COPY_BYTES, end - offset), offset), offset)
+                write_all(
+                    copy.handle,
+                    os.pread(file.handle, min(COPY_BYTES, end - offset), offset),
+                    offset,
+                )
+            # As long as the original, so that the same chunks can be mapped.
             os.ftruncate(copy.handle, len(file.data) * self.form.chunk_bytes)
         except OSError as error:
             os.close(copy.handle)
@@ -137,6 +171,7 @@ class DiskStore(Store):
 
     @property
     def allocated_nbytes(self) -> int:
+        """Bytes that the files take on the disk, reserved space included."""
         return self.rows * self.capacity * self.form.chunk_bytes
 
     def __del__(self) -> None:
@@ -146,7 +181,9 @@ class DiskStore(Store):
 
 
 def set_aside(handle: int, start: int, end: int) -> None:
-    """Give the file the bytes start .. end, on the disk where the system can promise them."""
+    """Reserve the bytes start .. end of the file, on the disk if the system can do
+    that."""
+    # Otherwise a full disk would show only as a failed write, in the middle of a call.
     if end > start and hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, start, end - start)
     elif end > start:
@@ -154,7 +191,7 @@ def set_aside(handle: int, start: int, end: int) -> None:
 
 
 def write_all(handle: int, data: Any, offset: int) -> None:
-    """Write all of a buffer, in as many turns as it takes."""
+    """Write all of a buffer at an offset; pwrite may write less than it is given."""
     left = memoryview(data).cast("B")
     while left:
         written = os.pwrite(handle, left, offset)

@@ -1,4 +1,5 @@
-"""The chunks that a call can retrieve, wherever their tokens are kept, and what queries meet in them."""
+"""The chunks that a call can retrieve, wherever their tokens are kept, and attention to
+them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -13,64 +14,81 @@ from mka.ops.attend import Read, each, joined, nothing
 from mka.ops.precision import wide
 
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Changes keys (N, c, D) of chunks before they are read, given their rows and numbers (N,)."""
+"""Rotates keys (N, c, D) of chunks before they are read, given the rows and the numbers
+(N,) of the chunks."""
 
 
 class Chunks(NamedTuple):
-    """The chunks of a call: tokens, in order or as they are stored; what they are found by, near and far; where they
-    begin.
-
-    keys, values (B, S, G, D) or records; means, far_means (B, J, G, D); places (B or 1, J), None: without positions;
-    the first `banked` chunks are a bank's.
-    """
+    """The J chunks of a call: their tokens, what they are found by, and where they
+    begin."""
 
     keys: Tensor | Records
+    """(B, S, G, D) in order, or the records that keep them"""
     values: Tensor | Records
+    """The same for values"""
     means: Tensor
+    """(B, J, G, D): mean keys, which chunks are found by"""
     far_means: Tensor | None = None
+    """(B, J, G, D): mean keys as if each chunk began at position 0, for distant
+    queries"""
     places: Tensor | None = None
+    """(B or 1, J): position of the first token; None: without positions"""
     banked: int = 0
+    """How many of the chunks, in front, belong to a bank"""
 
 
 class Meeting(NamedTuple):
-    """What some of the chunks are to some of the queries: q (B, T, H, D) as they meet, and the keys turned or not."""
+    """Queries, and the chunks that they meet in one way: as near, or as beyond
+    max_distance."""
 
     q: Tensor
+    """(B, T, H, D), rotated for this meeting"""
     retrieved: Retrieved
+    """The chunks that are met"""
     turn: Turn | None = None
+    """How the keys are rotated for it; None: they are read as they are kept"""
 
 
 class Row(NamedTuple):
-    """The queries of a tile and the records that they chose, as one long row with one key/value head.
-
-    tensors (1, N c, 1, D) of each store; queries (1, B G t, H / G, D): neighbours stand side by side; chosen and seen
-    fit them.
-    """
+    """The queries of a tile and the N records that they chose, as one long row with one
+    key/value head."""
 
     shape: tuple[int, int, int]
-    """B, G, t"""
+    """(B, G, t)"""
     queries: Tensor
+    """(1, B G t, H / G, D): neighbors in the text are neighbors in the row"""
     tensors: list[Tensor]
+    """(1, N c, 1, D) from each store"""
     chosen: Retrieved
+    """(1, B G t, 1, K), an index into the N records"""
     seen: Tensor | None
+    """(N c,): the tokens that may be read; None: all"""
 
     def back(self, x: Tensor) -> Tensor:
-        """(1, B G t, ...) -> (B, t, G, ...)"""
+        """Results (1, B G t, ...) of the row -> (B, t, G, ...)."""
         return x.squeeze(0).unflatten(0, self.shape).transpose(1, 2)
 
 
-def attend_held(meeting: Meeting, chunks: Chunks, chunk_size: int, sinks: int, *, lse: bool = False) -> Read:
-    """`attend_chunks` of a meeting's queries, wherever the chunks are kept. Returns (B, T, H, D)."""
+def attend_held(
+    meeting: Meeting, chunks: Chunks, chunk_size: int, sinks: int, *, lse: bool = False
+) -> Read:
+    """`attend_chunks` for the queries of a meeting, wherever the chunks are kept.
+
+    The row's first `sinks` tokens are not read. Returns a read of (B, T, H, D).
+    """
     q, retrieved, turn = meeting
+    # Tensors that are read as they are need no fetching.
     keys, values, banked = chunks.keys, chunks.values, chunks.banked
     if turn is None and isinstance(keys, Tensor) and isinstance(values, Tensor):
         return attend_chunks(q, keys, values, retrieved, chunk_size, sinks=sinks, lse=lse)
     reads = []
     for row in rows(meeting, (keys, values), chunk_size, sinks, banked):
+        # No query of the tile found anything, so no record was fetched.
         if not row.tensors[0].shape[1]:
             reads.append(nothing(q[:, : row.shape[2]], lse=lse))
             continue
         k, v = row.tensors
+        # `row=row` binds this turn's row: the lambda must not see a later one.
         read = attend_chunks(row.queries, k, v, row.chosen, chunk_size, row.seen, lse=lse)
         read = each(read, lambda x, row=row: row.back(x).flatten(2, 3))
         reads.append(read if lse else read._replace(lse=None))
@@ -78,11 +96,13 @@ def attend_held(meeting: Meeting, chunks: Chunks, chunk_size: int, sinks: int, *
 
 
 def sums_held(meeting: Meeting, chunks: Chunks, chunk_size: int, sinks: int) -> Tensor:
-    """`sums_in_chunks` of a meeting's queries, wherever the chunks are kept. Returns (B, T, G, K, H / G)."""
+    """`sums_in_chunks` for the queries of a meeting, wherever the chunks are kept: (B,
+    T, G, K, H / G)."""
     q, retrieved, turn = meeting
     keys, heads = chunks.keys, q.shape[2] // retrieved.chunk.shape[2]
     if turn is None and isinstance(keys, Tensor):
         return sums_in_chunks(q, keys, retrieved, chunk_size, sinks=sinks)
+    # Keys alone: the values of chunks that are not chosen are never fetched.
     sums = []
     for row in rows(meeting, (keys,), chunk_size, sinks, chunks.banked):
         batch, groups, tokens = row.shape
@@ -98,30 +118,52 @@ def sums_held(meeting: Meeting, chunks: Chunks, chunk_size: int, sinks: int) -> 
 def rerank(
     meetings: Sequence[Meeting], chunks: Chunks, proposed: Retrieved, window: Tensor, limits: Limits
 ) -> Retrieved:
-    """The K of those `proposed` in which the heads would read most; `meetings` are theirs, window as `best_by_keys`
-    takes it."""
+    """The K of the `proposed` chunks of which a group's heads would read most, by all
+    their keys.
+
+    meetings: one or two ways in which queries meet them; window (B, T, H): see
+        `best_by_keys`.
+    """
+    # Each chunk is met in one way only, and has a sum of -inf in the other: the maximum
+    # joins them.
     sums = [sums_held(meeting, chunks, limits.chunk_size, limits.sinks) for meeting in meetings]
-    return best_by_keys(proposed, sums[0] if len(sums) == 1 else torch.maximum(*sums), window, limits.top_k)
+    return best_by_keys(
+        proposed, sums[0] if len(sums) == 1 else torch.maximum(*sums), window, limits.top_k
+    )
 
 
 def rows(
     meeting: Meeting, stores: tuple[Tensor | Records, ...], chunk_size: int, sinks: int, banked: int
 ) -> Iterator[Row]:
-    """The queries in tiles; of the first store, keys, what `turn` makes of them. A row's first `sinks` tokens are not
-    read; its chunks come after `banked` others."""
+    """The queries of a meeting in tiles, with the records that they chose from the
+    stores.
+
+    The first store holds keys, which are rotated by the meeting's `turn`. The first
+    `sinks` tokens of a row, whose chunks come after `banked` others, are marked as not
+    read.
+    """
     q, retrieved, turn = meeting
     groups = retrieved.chunk.shape[2]
     records = tuple(InTensor(x, chunk_size) if isinstance(x, Tensor) else x for x in stores)
     for part in fetched(retrieved, records):
+        # Keys are rotated after fetching: only those that are read, each once per tile.
         tensors = [*part.records]
         if turn is not None and len(tensors[0]):
             tensors[0] = turn(tensors[0], part.row, part.chunk)
+        # Token numbers within the row: negative in a bank's chunks, which have no
+        # sinks.
         seen = None
         if sinks:
-            number = (part.chunk[:, None] - banked) * chunk_size + torch.arange(chunk_size, device=q.device)
+            number = (part.chunk[:, None] - banked) * chunk_size + torch.arange(
+                chunk_size, device=q.device
+            )
             seen = ((number >= sinks) | (part.chunk[:, None] < banked)).flatten()
         queries = q[:, part.tile].unflatten(2, (groups, -1)).transpose(1, 2)
         shape = len(q), groups, queries.shape[2]
-        chosen = Retrieved(*(x.transpose(1, 2).flatten(0, 2)[None, :, None] for x in part.retrieved))
+        # Records are per group already, so groups become rows of queries, in the order
+        # B, G, t.
+        chosen = Retrieved(
+            *(x.transpose(1, 2).flatten(0, 2)[None, :, None] for x in part.retrieved)
+        )
         flat = [x.flatten(0, 1)[None, :, None] for x in tensors]
         yield Row(shape, queries.flatten(0, 2)[None], flat, chosen, seen)

@@ -1,16 +1,12 @@
-"""Hugging Face backbones with their attention replaced; importing this registers them with the Auto classes."""
+"""Hugging Face models with their attention replaced.
+
+Importing this module registers them with transformers' Auto classes.
+"""
 
 from mka.models.adapter import AttentionAdapter
-from mka.models.budgets import match_cache, matched_intermediate_size, model_flops
-from mka.models.build import (
-    build_model,
-    gpt2_config,
-    mechanisms,
-    preset_config,
-)
+from mka.models.build import build_model, gpt2_config, mechanisms, preset_config
 from mka.models.cache import REVERSIBLE, StateLayer, memory_cache, states
 from mka.models.convert import convert
-from mka.models.loss import next_token_loss
 from mka.models.modeling import (
     MODELS,
     MkaGemma3ForCausalLM,
@@ -28,7 +24,7 @@ from mka.models.modeling import (
     MkaQwen3Config,
     MkaQwen3ForCausalLM,
 )
-from mka.models.reading import fingerprint, read_in_pieces
+from mka.models.reading import evaluating, fingerprint, next_token_loss, read_in_pieces, token_loss
 from mka.models.versions import CACHE_ARGUMENT, cache_of, cache_parameter, checkpoint_blocks
 
 __all__ = [
@@ -56,15 +52,14 @@ __all__ = [
     "cache_parameter",
     "checkpoint_blocks",
     "convert",
+    "evaluating",
     "fingerprint",
     "gpt2_config",
-    "match_cache",
-    "matched_intermediate_size",
     "mechanisms",
     "memory_cache",
-    "model_flops",
     "next_token_loss",
     "preset_config",
     "read_in_pieces",
     "states",
+    "token_loss",
 ]

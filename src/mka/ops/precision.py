@@ -1,4 +1,5 @@
-"""Where mixed precision stops: averages, router and retrieval scores are computed in float32 or better."""
+"""Where mixed precision ends: averages, router and retrieval scores are computed in
+float32 or better."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -14,7 +15,8 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that `upcast` gives."""
+    """The dtype that `upcast` gives: float64 stays, every other dtype becomes
+    float32."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -24,10 +26,14 @@ def no_autocast(x: Tensor) -> torch.autocast:
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose first argument is a tensor, under `no_autocast`."""
+    """Decorator: run the function, whose first argument is a tensor, under
+    `no_autocast`."""
 
+    # wraps() keeps the signature, from which torch.library infers the schema of a
+    # custom operator.
     @wraps(function)
     def wide_function(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The kind of device is that of the first tensor: autocast is switched per kind.
         with no_autocast(x):
             return function(x, *args, **kwargs)
 

@@ -4,9 +4,11 @@
     n_t = a n_{t-1} + 1            sum of the weights
     m_t = y_t / n_t                a true weighted mean from the first token on
 
-(The same m as a m_{t-1} + (1 - a) x_t divided by 1 - a^t.) The row is cut into blocks. One pass over the offsets
-inside a block runs all blocks side by side; the last sums of the blocks are scanned the same way, one level up, and
-carried back in. Nothing ever flows from a later token to an earlier one, so causality is exact for every finite value.
+This is the m_t of a m_{t-1} + (1 - a) x_t divided by 1 - a^t. The row is cut into
+blocks of `block_size` tokens. One pass over the offsets inside a block runs all blocks
+side by side; the last sums of the blocks are scanned in the same way, one level up, and
+carried back in. Nothing flows from a later token to an earlier one, so causality is
+exact for every finite value.
 
 Shapes: x (B, T, C), decay a (C,), each in (0, 1).
 """
@@ -22,19 +24,32 @@ from mka.ops.precision import no_autocast, upcast
 
 
 def causal_average(x: Tensor, decay: Tensor) -> Tensor:
-    """m (B, T, C): the exponentially weighted mean of x_1..x_t at every t, in float32 or better."""
+    """m (B, T, C): the exponentially weighted mean of x_1..x_t at every t, in float32
+    or better.
+
+    x (B, T, C), decay (C,) with entries in (0, 1); differentiable in both.
+    """
+    # In bfloat16 a running sum over thousands of tokens would stop growing.
     with no_autocast(x):
         x = upcast(x)
         return _causal_average(x, decay.to(x.dtype))
 
 
 def carry_average(mean: Tensor, before: Tensor, count: Tensor, decay: Tensor) -> Tensor:
-    """The means of tokens that follow others: `mean` (B, T, C) over the new ones alone, as `causal_average` gives it.
+    """The means (B, T, C) at tokens that continue a row.
 
-    before (B, C): the mean of the `count` (B or 1,) tokens before them; a count of 0 means there were none. With
-    N(n) = 1 + a + ... + a^(n-1), the mean at the t-th new token (t = 1, 2, ...) is
-    (N(t) mean_t + a^t N(count) before) / N(count + t).
+    Args:
+        mean: (B, T, C), the means over the new tokens alone (`causal_average`).
+        before: (B, C), the mean of the tokens before them.
+        count: (B or 1,), how many tokens came before; 0 means none.
+        decay: (C,), each in (0, 1).
+
+    With N(n) = 1 + a + ... + a^(n-1), the mean at the t-th new token (t = 1, 2, ...) is
+
+        (N(t) mean_t + a^t N(count) before) / N(count + t)
     """
+    # N(n) = (1 - a^n) / (1 - a), whose denominator cancels. 1 - a^n is -expm1(n log a):
+    # a plain difference would lose its digits for a near 1.
     with no_autocast(mean):
         rate = torch.log(decay)
         t = torch.arange(1, mean.shape[1] + 1, device=mean.device, dtype=mean.dtype)[:, None]
@@ -44,18 +59,26 @@ def carry_average(mean: Tensor, before: Tensor, count: Tensor, decay: Tensor) ->
 
 
 def decayed_sum(x: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
-    """y_t = a y_{t-1} + x_t along dimension 1; with `reverse`, y_t = a y_{t+1} + x_t. Not differentiable."""
+    """y_t = a y_{t-1} + x_t along dimension 1; with `reverse`, y_t = a y_{t+1} + x_t.
+
+    x (B, T, C) -> (B, T, C). It writes in place, so it is not differentiable by itself.
+    """
     tokens = x.shape[1]
     size = block_size(tokens)
     if tokens % size:
         x = pad(x, (0, 0, 0, -tokens % size))
     x = x.unflatten(1, (-1, size))
     y = torch.empty_like(x)
+    # Step i handles offset i of all blocks at once: `size` small operations instead of
+    # T.
     order = range(size - 1, -1, -1) if reverse else range(size)
     inputs, sums = x.unbind(2), y.unbind(2)
     sums[order[0]].copy_(inputs[order[0]])
     for before, here in pairwise(order):
         torch.addcmul(inputs[here], sums[before], decay, out=sums[here])
+    # What a block inherits from those before it: their scanned sum, decayed by one more
+    # power of a at every offset. One step of the scan over blocks spans `size` tokens,
+    # hence decay**size.
     if y.shape[1] > 1:
         powers = _powers(decay, size).flip(0) if reverse else _powers(decay, size)
         ends, rest = (y[:, 1:, 0], y[:, :-1]) if reverse else (y[:, :-1, -1], y[:, 1:])
@@ -64,7 +87,8 @@ def decayed_sum(x: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
 
 
 def block_size(tokens: int) -> int:
-    """A power of two near half the square root: as many steps inside the blocks as there is work to fill them."""
+    """Tokens per block of the scan: a power of two near half the square root of T, at
+    least 8, so that steps are few and each has many blocks to work on."""
     return 2 ** max(3, (tokens.bit_length() - 1) // 2 - 1)
 
 
@@ -74,7 +98,10 @@ def _powers(decay: Tensor, count: int) -> Tensor:
 
 
 def _weight_sums(tokens: int, decay: Tensor) -> Tensor:
-    """n_t = a^0 + ... + a^(t-1), (T, C), block by block: n of the block's offset plus the carried sum, decayed."""
+    """n_t = a^0 + ... + a^(t-1), (T, C): the sum inside the block plus the carried sum,
+    decayed."""
+    # Summed in blocks as the values are. (1 - a^t) / (1 - a) would lose its digits for
+    # a near 1.
     size = block_size(tokens)
     blocks = -(-tokens // size)
     powers = _powers(decay, size)
@@ -84,7 +111,8 @@ def _weight_sums(tokens: int, decay: Tensor) -> Tensor:
     return torch.addcmul(inside, carried.unsqueeze(1), powers).flatten(0, 1)[:tokens]
 
 
-# Operators of their own, so that torch.compile takes them as they are: it cannot follow the writes into slices.
+# Custom operators, so that torch.compile calls them as they are: it cannot trace the
+# writes into slices.
 
 
 @torch.library.custom_op("mka::causal_average", mutates_args=())
@@ -93,13 +121,19 @@ def _causal_average(x: Tensor, decay: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("mka::causal_average_backward", mutates_args=())
-def _causal_average_backward(grad: Tensor, mean: Tensor, decay: Tensor, learned: bool) -> tuple[Tensor, Tensor]:
-    """dL/dx_t = a dL/dx_{t+1} + g_t / n_t; the decay's gradient follows y_{t-1} and dn_t/da."""
+def _causal_average_backward(
+    grad: Tensor, mean: Tensor, decay: Tensor, learned: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and, if `learned`, of decay, from that of the mean."""
+    # x reaches the loss through y: dL/dx_t = dL/dy_t = a dL/dy_{t+1} + g_t / n_t, the
+    # same scan, reversed.
     weights = _weight_sums(mean.shape[1], decay)
     scaled = grad / weights
     grad_x = decayed_sum(scaled, decay, reverse=True).contiguous()
     if not learned:
         return grad_x, torch.zeros_like(decay)
+    # a reaches it through y_t = a y_{t-1} + x_t and through n_t, where dn_t/da is a
+    # decayed sum itself: dn_t/da = a dn_{t-1}/da + n_{t-1}.
     sums = mean * weights
     grad_decay = (grad_x[:, 1:] * sums[:, :-1]).sum((0, 1))
     slopes = decayed_sum(weights[None, :-1], decay)[0]
@@ -108,7 +142,8 @@ def _causal_average_backward(grad: Tensor, mean: Tensor, decay: Tensor, learned:
 
 
 def _divided(sums: Tensor, weights: Tensor) -> Tensor:
-    """Contiguous, as an operator's shape function has to foretell."""
+    """sums / weights, contiguous, as the operator's shape function promises."""
+    # In place where possible: one copy of (B, T, C) less.
     return sums.div_(weights) if sums.is_contiguous() else sums / weights
 
 
@@ -118,7 +153,9 @@ def _average_shape(x: Tensor, decay: Tensor) -> Tensor:
 
 
 @_causal_average_backward.register_fake
-def _backward_shapes(grad: Tensor, mean: Tensor, decay: Tensor, learned: bool) -> tuple[Tensor, Tensor]:
+def _backward_shapes(
+    grad: Tensor, mean: Tensor, decay: Tensor, learned: bool
+) -> tuple[Tensor, Tensor]:
     return mean.new_empty(mean.shape), torch.empty_like(decay)
 
 

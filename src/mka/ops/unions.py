@@ -1,14 +1,18 @@
-"""What queries read in the chunks they chose, a few neighbours at a time: all multiply what any of them chose, masked.
+"""What queries read in the chunks they chose, a tile of neighbors at a time: all of
+them multiply the chunks that any of them chose, under a mask.
 
     queries  q0: 2 0   q1: 0 1   q2: 2 0   q3: 1 2          tile of 4
-    union    0 1 2                                            gathered once, for all heads of the group
+    union    0 1 2                                          gathered once, for all heads of a group
     mask     q0: # . #   q1: # # .   q2: # . #   q3: . # #
 
-Neighbours choose alike where text is read: 32 of them together about 4 times what one of them does, read in long
-products by the fused kernel. Where they do not, sorting by chunk is faster (`mka.ops.chunks`), and the caller is told.
+In real text neighbors choose alike: the union of 32 queries has about 4 times the
+chunks of one of them, and the fused kernel reads it in long products. Where their
+choices differ, sorting by chunk is faster (`mka.ops.chunks`), and the functions here
+return None.
 
-Shapes: q (B, T, H, D), k and v (B, S, G, D), chunk and found (B, T, G, K), seen (S,); c = chunk_size, J = S // c,
-R = H / G. A tile is Q queries of one row and group; N tiles are multiplied at once, U is their largest union.
+Shapes: q (B, T, H, D), k and v (B, S, G, D), chunk and found (B, T, G, K), seen (S,)
+bool; c = chunk_size, J = S // c, R = H / G. A tile is Q = QUERIES queries of one row
+and group; N tiles are multiplied at once, and U is the size of their largest union.
 """
 
 import math
@@ -23,36 +27,41 @@ from mka.ops.fused import attention_with_lse
 from mka.ops.precision import wide
 
 QUERIES = 32
-"""Neighbours that read together."""
+"""Queries per tile."""
 LARGEST_UNION = 6
-"""Chunks of a union for each that a query chose, up to which that is worth while."""
+"""Largest mean size of the unions, in multiples of K, at which reading together is
+worthwhile."""
 GATHERED = 2**22
-"""Numbers of keys gathered at once."""
+"""Most numbers gathered at once, as keys (as many again as values) or as scores."""
 
 
 class Tiles(NamedTuple):
-    """The queries of a call in tiles: N of them for every row, tile and group, in that order."""
+    """The queries of a call in N tiles, ordered by row, then place in the row, then
+    group."""
 
     chosen: Tensor
-    """(N, Q, K)"""
+    """(N, Q, K): chunk numbers"""
     there: Tensor
-    """(N, Q, K): what was found"""
+    """(N, Q, K): True where a chunk was found"""
     present: Tensor
-    """(N, J): the unions"""
+    """(N, J): True for the chunks in the union of a tile"""
     sizes: Tensor
-    """(N,)"""
+    """(N,): chunks in each union"""
     per_row: int
-    """Tiles of a row and group"""
+    """Tiles per row and group"""
     groups: int
+    """G"""
 
     def queries(self, q: Tensor) -> Tensor:
-        """(N, R, Q, D)"""
+        """(B, T, H, D) -> (N, R, Q, D), zeros after the last query of a row."""
         q = pad(q, (0, 0, 0, 0, 0, self.per_row * QUERIES - q.shape[1]))
         tiles = q.view(len(q), self.per_row, QUERIES, self.groups, -1, q.shape[3])
         return tiles.permute(0, 1, 3, 4, 2, 5).flatten(0, 2)
 
     def back(self, parts: list[Tensor], tokens: int) -> Tensor:
-        """(N, Q, ...) of tiles in the order in which they are gathered -> (B, T, G, ...)"""
+        """Results (N, Q, ...) in the order of `gathered` -> (B, T, G, ...)."""
+        # The tiles were gathered by the size of their unions; the second argsort
+        # inverts that permutation.
         x = (
             torch.cat(parts)[self.sizes.argsort(stable=True).argsort()]
             .unflatten(0, (-1, self.per_row, self.groups))
@@ -63,20 +72,24 @@ class Tiles(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """Some of the tiles, and what their queries read."""
+    """Some of the tiles, and the chunks that their queries read."""
 
     part: Tensor
-    """(N,): which ones"""
+    """(N,): indices of the tiles"""
     listed: Tensor
-    """(N, U): the chunks of each union; beyond its size, any"""
+    """(N, U): the chunks of each union; arbitrary beyond its size"""
     column: Tensor
-    """(N, Q, K): where a chosen chunk stands among them; U where none was found"""
+    """(N, Q, K): the column in `listed` of each chosen chunk; U where none was found"""
     at: tuple[Tensor | slice, ...]
     """Indices of (B, J, c, G, ...) that give (N, U, c, ...)"""
 
 
 def tiles_of(chunk: Tensor, found: Tensor, chunks: int) -> Tiles | None:
-    """None: neighbours choose too differently."""
+    """The tiles of a call, from chunk and found (B, T, G, K) and the number of chunks
+    J.
+
+    None where neighbors choose too differently for this to pay.
+    """
     tokens, groups, top_k = chunk.shape[1:]
     ahead = -tokens % QUERIES
     per_row = (tokens + ahead) // QUERIES
@@ -87,6 +100,8 @@ def tiles_of(chunk: Tensor, found: Tensor, chunks: int) -> Tiles | None:
         .reshape(-1, QUERIES, top_k)
         for x in (chunk, found)
     )
+    # A mark for each chunk instead of a sort of Q K numbers; the extra column takes the
+    # marks of what was not found, and is dropped.
     present = torch.zeros(len(chosen), chunks + 1, dtype=torch.bool, device=chunk.device)
     present.scatter_(1, chosen.masked_fill(~there, chunks).flatten(1), True)
     present = present[:, :chunks]
@@ -97,8 +112,12 @@ def tiles_of(chunk: Tensor, found: Tensor, chunks: int) -> Tiles | None:
 
 
 def gathered(tiles: Tiles, numbers: int) -> Iterator[Gathered]:
-    """All tiles, so many at once that a few million numbers are gathered, of each chunk `numbers`; the smaller unions
-    first, because those that are gathered together are padded to the largest."""
+    """All tiles, a part at a time, so that at most about GATHERED numbers are gathered
+    at once.
+
+    `numbers` is how many are gathered per chunk of a union. Smaller unions come first:
+    unions that are gathered together are padded to the largest of them.
+    """
     count, chunks = tiles.present.shape
     device = tiles.present.device
     place, number = tiles.present.cumsum(1) - 1, torch.arange(count, device=device)
@@ -106,6 +125,8 @@ def gathered(tiles: Tiles, numbers: int) -> Iterator[Gathered]:
     step = max(1, GATHERED // max(1, int(tiles.sizes.max()) * numbers))
     for part in tiles.sizes.argsort(stable=True).split(step):
         union = max(1, int(tiles.sizes[part[-1]]))
+        # Each chunk of a union is written to its column; those outside it, to an extra
+        # column.
         listed = torch.zeros(len(part), union + 1, dtype=torch.long, device=device)
         every = torch.arange(chunks, device=device).expand(len(part), -1)
         listed.scatter_(1, place[part].where(tiles.present[part], union), every)
@@ -116,10 +137,20 @@ def gathered(tiles: Tiles, numbers: int) -> Iterator[Gathered]:
 
 
 def attend_unions(
-    q: Tensor, k: Tensor, v: Tensor, chunk: Tensor, found: Tensor, chunk_size: int, seen: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk: Tensor,
+    found: Tensor,
+    chunk_size: int,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Values (B, T, H, D) in q's dtype and log-sum-exps (B, T, H), as `chunk_attention` gives them; it keeps what it
-    gathers for a backward pass. None: neighbours choose too differently."""
+    """Values (B, T, H, D) in q's dtype and log-sum-exps (B, T, H), equal to
+    `chunk_attention`.
+
+    Under autograd all that is gathered would be kept for the backward pass, so callers
+    use it without gradients. None where neighbors choose too differently.
+    """
     chunks, width = k.shape[1] // chunk_size, q.shape[3]
     if (tiles := tiles_of(chunk, found, chunks)) is None:
         return None
@@ -128,28 +159,41 @@ def attend_unions(
     outputs, sums = [], []
     for tile in gathered(tiles, chunk_size * width):
         count, union = tile.listed.shape
+        # Column U, where nothing was found, is set and cut off: such a query sees
+        # nothing.
         mask = torch.zeros(count, QUERIES, union + 1, dtype=torch.bool, device=q.device)
         mask = mask.scatter_(2, tile.column, True)[..., :union].repeat_interleave(chunk_size, dim=2)
         if seen is not None:
             mask &= seen_in(seen, tile.listed, chunk_size).flatten(1).unsqueeze(1)
         read = [x[tile.at].flatten(1, 2).unsqueeze(1).to(q.dtype) for x in (keys, values)]
-        o, lse = attention_with_lse(queries[tile.part], *read, mask.unsqueeze(1), 1 / math.sqrt(width))
+        o, lse = attention_with_lse(
+            queries[tile.part], *read, mask.unsqueeze(1), 1 / math.sqrt(width)
+        )
         outputs.append(o)
         sums.append(lse)
-    o, lse = (tiles.back([x.transpose(1, 2) for x in each], q.shape[1]).flatten(2, 3) for each in (outputs, sums))
+    o, lse = (
+        tiles.back([x.transpose(1, 2) for x in each], q.shape[1]).flatten(2, 3)
+        for each in (outputs, sums)
+    )
     return o, lse
 
 
 def union_sums(
     q: Tensor, k: Tensor, chunk: Tensor, found: Tensor, chunk_size: int, seen: Tensor | None
 ) -> Tensor | None:
-    """(B, T, G, K, R), float32 or better, as `chunk_sums` gives them. None: neighbours choose too differently."""
+    """Log-sum-exps (B, T, G, K, R), float32 or better, equal to `chunk_sums`; no
+    gradient.
+
+    None where neighbors choose too differently.
+    """
     chunks, width = k.shape[1] // chunk_size, q.shape[3]
     if (tiles := tiles_of(chunk, found, chunks)) is None:
         return None
     queries = tiles.queries(q)
     keys = k[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size))
-    # Not in bfloat16, which is faster: what is chosen would depend on the way, and so on later tokens.
+    # The scores are computed in float32 although bfloat16 would be faster: which path
+    # runs depends on how many tokens a call has, and with coarser sums on one of them
+    # the chunks that a token chooses would too, and so would depend on later tokens.
     partly = torch.zeros(chunks, dtype=torch.bool, device=q.device)
     if seen is not None:
         seen = seen[: chunks * chunk_size].view(chunks, chunk_size)
@@ -159,26 +203,39 @@ def union_sums(
         count, union = tile.listed.shape
         asking = queries[tile.part].flatten(1, 2).to(wide(q.dtype))
         scores = asking @ keys[tile.at].flatten(1, 2).to(asking.dtype).mT  # (N, R Q, U c)
+        # Of the U chunks a query needs the scores of the K that it chose: picking rows
+        # of c numbers first leaves U / K times fewer exponentials than a log-sum-exp
+        # over the whole union.
         own = torch.arange(0, scores.shape[1] * count * union, union, device=q.device)
-        own = own.view(count, -1, QUERIES, 1) + tile.column.clamp(max=union - 1).unsqueeze(1)  # (N, R, Q, K)
-        mine = scores.view(-1, chunk_size).index_select(0, own.flatten()).view(*own.shape, chunk_size)
+        column = tile.column.clamp(max=union - 1).unsqueeze(1)
+        own = own.view(count, -1, QUERIES, 1) + column  # (N, R, Q, K)
+        mine = (
+            scores.view(-1, chunk_size).index_select(0, own.flatten()).view(*own.shape, chunk_size)
+        )
         mine = mine.mul_(1 / math.sqrt(width))
         chosen = tiles.chosen[tile.part]
+        # Few chunks hold a token that is not read (the sinks): only their scores are
+        # masked.
         if seen is not None:
             n, i, j = partly[chosen].nonzero().unbind(1)
-            mine[n, :, i, j] = mine[n, :, i, j].masked_fill(~seen[chosen[n, i, j]].unsqueeze(1), -torch.inf)
+            mine[n, :, i, j] = mine[n, :, i, j].masked_fill(
+                ~seen[chosen[n, i, j]].unsqueeze(1), -torch.inf
+            )
         mine = logsumexp_(mine).masked_fill_((tile.column == union).unsqueeze(1), -torch.inf)
         sums.append(mine.permute(0, 2, 3, 1))
     return tiles.back(sums, q.shape[1])
 
 
 def logsumexp_(x: Tensor) -> Tensor:
-    """Over the last dimension; x is written over."""
+    """The log-sum-exp over the last dimension; overwrites x."""
     highest = x.amax(-1)
+    # With a maximum of -inf (nothing seen) x - max would be NaN; with 0 the result is
+    # -inf.
     base = highest.masked_fill(highest.abs() == torch.inf, 0)
     return x.sub_(base.unsqueeze(-1)).exp_().sum(-1).log_().add_(base)
 
 
 def seen_in(seen: Tensor, listed: Tensor, chunk_size: int) -> Tensor:
-    """(N, U, c): which tokens of the chunks listed (N, U) are read at all."""
+    """(N, U, c): which tokens of the chunks `listed` (N, U) may be read, from seen
+    (S,)."""
     return seen[: len(seen) // chunk_size * chunk_size].view(-1, chunk_size)[listed]

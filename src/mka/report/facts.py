@@ -1,15 +1,17 @@
-"""What ran: the command, the data, the machine and the versions, from what the results say of themselves."""
+"""What ran: the command, the data, the machine and the versions, from what the results
+say of themselves."""
 
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from mka.arms import STUDIES
-from mka.config import ATTENTION_TITLES, PRESETS, BenchmarkConfig
-from mka.limits import LOCAL_WINDOW
+from mka.memory.options import LOCAL_WINDOW
+from mka.record.config import PRESETS, BenchmarkConfig
+from mka.record.mechanisms import MECHANISMS
+from mka.record.results import Result
+from mka.record.studies import STUDIES
 from mka.report.runs import Run
-from mka.results import Result
 
 ENVIRONMENT = (
     *("commit", "mka", "python", "torch", "transformers"),
@@ -17,20 +19,21 @@ ENVIRONMENT = (
 )
 """What of the environment is named; the rest stands in the folder."""
 SAID_OTHERWISE = ("attention_type", "study", "seeds", "output_dir")
-WINDOWED = ("mka", "fmka")
 """Mechanisms that have a window where none is given."""
 PRESET_VALUES = ("tokenizer", "sequence_length", "batch_size", "learning_rate", "max_steps")
 
 
 def command_of(run: Run) -> str:
-    """`mka bench` with the options that are not the preset's or the study's own, once for each study that the rows are
-    of; settings that were not recorded, such as how the ranks were started, are not in it."""
+    """`mka bench` with the options that are not the preset's or the study's own, once
+    for each study that the rows are of; settings that were not recorded, such as how
+    the ranks were started, are not in it."""
     studies = studies_of({row.name for row in run.rows})
     return " && ".join(shlex.join(words_of(run, study)) for study in studies or [None])
 
 
 def studies_of(arms: set[str]) -> list[str]:
-    """Those that train these arms and no others, if there is one; otherwise those whose variants are among them."""
+    """Those that train these arms and no others, if there is one; otherwise those whose
+    variants are among them."""
     names = {name: {arm.name for arm in study.arms} for name, study in STUDIES.items()}
     variants = {arm.name for study in STUDIES.values() for arm in study.arms if arm.variant}
     exact = [name for name, found in names.items() if found == arms]
@@ -38,25 +41,41 @@ def studies_of(arms: set[str]) -> list[str]:
 
 
 def words_of(run: Run, study: str | None) -> list[str]:
-    config: dict[str, Any] = {name: value for row in reversed(run.rows) for name, value in row.config.items()}
-    kinds, seeds = list(dict.fromkeys(row.attention_type for row in run.rows)), sorted({row.seed for row in run.rows})
-    usual: dict[str, Any] = {field.name: field.default for field in fields(BenchmarkConfig)} | {"match": "none"}
+    """The words of the command that makes such a run; with `study`, one that names
+    it."""
+    config: dict[str, Any] = {
+        name: value for row in reversed(run.rows) for name, value in row.config.items()
+    }
+    kinds, seeds = (
+        list(dict.fromkeys(row.attention_type for row in run.rows)),
+        sorted({row.seed for row in run.rows}),
+    )
+    usual: dict[str, Any] = {field.name: field.default for field in fields(BenchmarkConfig)} | {
+        "match": "none"
+    }
     preset = PRESETS.get(config.get("preset", usual["preset"]))
     usual |= {name: getattr(preset, name) for name in PRESET_VALUES if preset is not None}
-    usual_kinds, usual_seeds = set(ATTENTION_TITLES), (0,)
-    if not any("local_window" in row.config for row in run.rows if row.attention_type not in WINDOWED):
+    usual_kinds, usual_seeds = set(MECHANISMS), (0,)
+    if not any(
+        "local_window" in row.config
+        for row in run.rows
+        if not MECHANISMS[row.attention_type].has_memory
+    ):
         usual["local_window"] = LOCAL_WINDOW  # as "auto" has it
     words = ["mka", "bench"]
     if study is not None:
         words += ["--study", study]
         usual |= {name: getattr(STUDIES[study], name) for name in ("max_steps", "match")}
-        usual_kinds, usual_seeds = {arm.attention_type for arm in STUDIES[study].arms}, STUDIES[study].seeds
+        usual_kinds, usual_seeds = (
+            {arm.attention_type for arm in STUDIES[study].arms},
+            STUDIES[study].seeds,
+        )
     if usual_kinds - set(kinds):
         words += ["--attention_type", *(kind for kind in kinds if kind in usual_kinds)]
     for name, value in config.items():
         if name in usual and name not in SAID_OTHERWISE and plain(value) != plain(usual[name]):
             words += option(name, value)
-    of_mka = [row.config for row in run.rows if row.attention_type == "mka" and "session_stride" in row.config]
+    of_mka = [row.config for row in run.rows if "session_stride" in row.config]
     if any("mix" not in config for config in of_mka):
         words += ["--mix", "routed", "--sink_tokens", "0"]  # made before there was another
     if tuple(seeds) != usual_seeds:
@@ -65,10 +84,12 @@ def words_of(run: Run, study: str | None) -> list[str]:
 
 
 def plain(value: Any) -> Any:
+    """A tuple as the list that JSON makes of it."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def option(name: str, value: Any) -> Iterable[str]:
+    """A flag and its value, as words of a command."""
     if value is True:
         return [f"--{name}"]
     if value is False:
@@ -90,4 +111,7 @@ def fact_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def each_once(values: Iterable[Any]) -> str:
-    return ", ".join(dict.fromkeys("not recorded" if value is None else str(value) for value in values))
+    """The distinct values, in words, in their order."""
+    return ", ".join(
+        dict.fromkeys("not recorded" if value is None else str(value) for value in values)
+    )

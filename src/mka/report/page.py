@@ -1,4 +1,5 @@
-"""Run folders -> one self-contained HTML page, and the same as Markdown: the same results give the same bytes."""
+"""Run folders -> one self-contained HTML page, and the same as Markdown: the same
+results give the same bytes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,26 +8,29 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from mka.report.charts import cost_charts, label, loss_charts, quality_chart
+from mka.memory.options import LEVEL_TITLES
+from mka.record.intervals import verdict
+from mka.record.mechanisms import MECHANISMS
+from mka.report.charts import cost_charts, label, loss_charts, quality_charts
 from mka.report.conditions import escape, setting_rows
 from mka.report.differences import Difference, differences
+from mka.report.drawing import drawn
 from mka.report.facts import fact_rows
-from mka.report.routers import NAMES, router_views
+from mka.report.routers import router_views
 from mka.report.runs import Run
 from mka.report.summary import Summary
-from mka.report.svg import draw, swatch
 from mka.report.tables import COLUMNS, Cell
 from mka.report.warnings import warnings
 from mka.report.write import LEGEND, heading
-from mka.statistics import verdict
 from mka.storage import write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
-AGAINST = ("Eval loss - baseline's", "95 % interval", "Verdict")
+AGAINST = ("Eval loss vs. baseline", "95 % interval", "Verdict")
 
 
 def write_pages(runs: Sequence[Run], html: Path | None, markdown: Path | None) -> list[Path]:
-    """Write those that are asked for, whole or not at all; returns their paths. Raises OSError."""
+    """Write those that are asked for, whole or not at all; returns their paths. Raises
+    OSError."""
     written = [(html, "page.html"), (markdown, "page.md")]
     texts = [(path, render(runs, name)) for path, name in written if path is not None]
     for path, text in texts:
@@ -35,6 +39,7 @@ def write_pages(runs: Sequence[Run], html: Path | None, markdown: Path | None) -
 
 
 def render(runs: Sequence[Run], template: str) -> str:
+    """The text of one template, filled with the runs."""
     loader = FileSystemLoader(TEMPLATES)
     jinja = Environment(
         loader=loader,
@@ -44,7 +49,10 @@ def render(runs: Sequence[Run], template: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    jinja.filters |= {"draw": lambda c: Markup(draw(c)), "swatch": lambda s: Markup(swatch(s)), "cell": escape}  # noqa: S704
+    jinja.filters |= {
+        "draw": lambda chart: Markup(drawn(chart)),  # noqa: S704 (vl-convert escapes its words)
+        "cell": escape,
+    }
     jinja.globals["source"] = lambda name: Markup((TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704
     return jinja.get_template(template).render(context(runs))
 
@@ -60,9 +68,10 @@ def context(runs: Sequence[Run]) -> dict[str, Any]:
         "headings": headings(runs),
         "rows": rows,
         "lines": [[cell.line() for cell in row] for row in rows],
-        "charts": [*loss_charts(runs), quality_chart(runs), *cost_charts(runs)],
+        "charts": [*loss_charts(runs), *quality_charts(runs), *cost_charts(runs)],
         "routers": router_views(runs),
-        "levels": NAMES,
+        "levels": LEVEL_TITLES,
+        "mechanisms": MECHANISMS,
         "legend": [line[2:].replace("**", "") for line in legend_lines()],
         "facts": fact_rows(runs),
         "settings": setting_rows([run.rows for run in runs]),
@@ -75,6 +84,7 @@ def legend_lines() -> Sequence[str]:
 
 
 def headings(runs: Sequence[Run]) -> list[str]:
+    """The columns of the table; that of seeds only where there are several."""
     several = any(summary.num_seeds > 1 for run in runs for summary in run.summaries)
     names = [name for name in COLUMNS if several or name != "Seeds"]
     return [names[0], *names[1:3], *AGAINST, *names[3:]]
@@ -86,7 +96,11 @@ def table_rows(run: Run, runs: Sequence[Run]) -> list[list[Cell]]:
     return [cells(run, summary, against.get(summary.name), runs) for summary in run.summaries]
 
 
-def cells(run: Run, summary: Summary, against: Difference | None, runs: Sequence[Run]) -> list[Cell]:
+def cells(
+    run: Run, summary: Summary, against: Difference | None, runs: Sequence[Run]
+) -> list[Cell]:
+    """A row of the table, a cell per heading; `against`: the difference to the
+    baseline, if any."""
     of = {name: column.cell(summary) for name, column in COLUMNS.items()}
     of["Mechanism"] = Cell(label(run, (summary.attention_type, summary.variant), runs))
     of |= dict(zip(AGAINST, difference_cells(against), strict=True))

@@ -5,15 +5,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from mka.config import ATTENTION_TITLES
-from mka.limits import unknown_name
-from mka.results import Result
+from mka.errors import unknown_name
+from mka.record.mechanisms import MECHANISMS
+from mka.record.results import Result
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean over seeds and sample standard deviation, in the unit of the values. `spread` is None for one seed, and for
-    values that are not all finite."""
+    """Mean over seeds and sample standard deviation, in the unit of the values.
+    `spread` is None for one seed, and for values that are not all finite."""
 
     value: float
     spread: float | None = None
@@ -21,7 +21,8 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One mechanism or variant over its seeds; units as in `Result`. Memory is None unless every seed measured it."""
+    """One mechanism or variant over its seeds; units as in `Result`. Memory is None
+    unless every seed measured it."""
 
     attention_type: str
     variant: str
@@ -41,34 +42,41 @@ class Summary:
 
     @property
     def name(self) -> str:
+        """As tables write it: MKA w64."""
         return shown_name(self.attention_type, self.variant)
 
     @property
     def title(self) -> str:
-        return ATTENTION_TITLES[self.attention_type] + (f", {self.variant}" if self.variant else "")
+        """In full: Memorized Key Attention, w64."""
+        return MECHANISMS[self.attention_type].title + (f", {self.variant}" if self.variant else "")
 
     @property
     def num_seeds(self) -> int:
+        """How many trainings are behind it."""
         return len(self.seeds)
 
 
 def latest(results: Iterable[Result]) -> list[Result]:
-    """The last result of each mechanism, variant and seed, in the order of ATTENTION_TITLES, each before its
-    variants, those as they came, then by seed.
+    """The last result of each mechanism, variant and seed, in the order of MECHANISMS,
+    each before its variants, those as they came, then by seed.
 
     Raises InputError for a mechanism that is not there.
     """
     last = {result.key: result for result in results}
-    kinds = list(ATTENTION_TITLES)
+    kinds = list(MECHANISMS)
     for result in last.values():
-        if result.attention_type not in ATTENTION_TITLES:
+        if result.attention_type not in MECHANISMS:
             raise unknown_name("attention_type", result.attention_type, kinds)
     variants = ["", *dict.fromkeys(result.variant for result in last.values() if result.variant)]
-    return sorted(last.values(), key=lambda r: (kinds.index(r.attention_type), variants.index(r.variant), r.seed))
+    return sorted(
+        last.values(),
+        key=lambda r: (kinds.index(r.attention_type), variants.index(r.variant), r.seed),
+    )
 
 
 def summarise(results: Iterable[Result]) -> list[Summary]:
-    """One Summary a mechanism and variant, in the order of `latest`; of a repeated seed the last result counts."""
+    """One Summary a mechanism and variant, in the order of `latest`; of a repeated seed
+    the last result counts."""
     groups: dict[str, list[Result]] = {}
     for row in latest(results):
         groups.setdefault(row.name, []).append(row)
@@ -81,6 +89,7 @@ def shown_name(attention_type: str, variant: str) -> str:
 
 
 def summary(rows: Sequence[Result]) -> Summary:
+    """The summary of one mechanism's or variant's results, one per seed."""
     return Summary(
         attention_type=rows[0].attention_type,
         variant=rows[0].variant,
@@ -101,9 +110,23 @@ def summary(rows: Sequence[Result]) -> Summary:
 
 
 def mean(values: Sequence[float]) -> Mean:
-    return Mean(fmean(values), stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None)
+    """Mean and sample standard deviation; no spread for one value, or where a value is
+    not finite."""
+    return Mean(
+        fmean(values),
+        stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None,
+    )
 
 
 def mean_if_measured(values: Sequence[float | None]) -> Mean | None:
+    """The same; None unless every seed measured it."""
     measured = [value for value in values if value is not None]
     return mean(measured) if len(measured) == len(values) else None
+
+
+def compact(number: float) -> str:
+    """1500 as 1.5k, 2000000 as 2M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"

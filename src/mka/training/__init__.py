@@ -1,8 +1,13 @@
-"""One training loop on any number of ranks, its precision, its checkpoints and its memory meter."""
+"""One training loop for any number of ranks, with precision, checkpoints and memory
+measurement."""
 
-from mka.training.answers import answers_and_text_loss, answers_loss, answers_right, train_on_answers
+from mka.training.answers import (
+    answers_and_text_loss,
+    answers_loss,
+    answers_right,
+    train_on_answers,
+)
 from mka.training.checkpoint import Checkpoint, Checkpoints
-from mka.training.costs import OutOfMemory, StepMemory, activation_bytes, advice, is_out_of_memory
 from mka.training.deepspeed_config import deepspeed_settings
 from mka.training.interruption import Interrupted
 from mka.training.loop import TrainingPlan, TrainingRun, train
@@ -10,6 +15,13 @@ from mka.training.memory import Peak, PeakMemory, keep_freed_memory
 from mka.training.minimise import minimise
 from mka.training.nonfinite import NonFiniteLoss
 from mka.training.precision import Precision, choose_precision, has_bfloat16
+from mka.training.step_memory import (
+    OutOfMemory,
+    StepMemory,
+    activation_bytes,
+    advice,
+    is_out_of_memory,
+)
 from mka.training.teacher import Teacher
 
 __all__ = [

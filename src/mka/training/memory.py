@@ -1,7 +1,8 @@
-"""Peak memory of one mechanism, unmixed with those before it.
+"""Peak memory of one mechanism, without that of the mechanisms before it.
 
-CUDA: the allocator's own peaks, reset at the start. CPU (Linux): freed memory is handed back to the system and the
-kernel's high-water mark of the process is reset, so that the peak above the start is what was needed since.
+CUDA: the allocator's own peaks, which are reset at the start. CPU (Linux): freed memory
+is returned to the system and the kernel's high-water mark of the process is reset, so
+that the peak above the start is what was needed since.
 """
 
 import ctypes
@@ -14,20 +15,29 @@ import torch
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+# From proc(5): 5 resets the process's peak resident set size.
 RESET_PEAK = "5"
+# Option numbers of glibc's mallopt, from its malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes above the start, and in all. CUDA: peak allocated, peak reserved. CPU: peak resident. None: unknown."""
+    """Peak memory in bytes; None where it cannot be measured.
+
+    Attributes:
+        allocated: the peak above the start: allocated on CUDA, resident on the CPU.
+        reserved: the peak in total: reserved by the allocator on CUDA, resident on the
+            CPU.
+    """
 
     allocated: int | None
     reserved: int | None
 
 
 class PeakMemory:
-    """Starts measuring when made; `peak()` is the highest since then."""
+    """Measures peak memory from its creation on; `peak()` is the highest value since
+    then."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,11 +47,14 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.start = torch.cuda.memory_allocated(device)
         elif can_reset_peak():
+            # Memory that glibc keeps after it was freed would hide what is needed from
+            # now on.
             ctypes.CDLL(None).malloc_trim(0)
             CLEAR_REFS.write_text(RESET_PEAK)
             self.start = resident_bytes("VmRSS")
 
     def peak(self) -> Peak:
+        """The peak since the start."""
         if self.device.type == "cuda":
             allocated = torch.cuda.max_memory_allocated(self.device) - self.start
             return Peak(allocated, torch.cuda.max_memory_reserved(self.device))
@@ -52,7 +65,8 @@ class PeakMemory:
 
 
 def can_reset_peak() -> bool:
-    """Linux with glibc, where the process may; elsewhere the figure is left out rather than guessed."""
+    """Whether this process may reset its peak memory: on Linux with glibc, if
+    permitted."""
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         return False
     try:
@@ -63,7 +77,11 @@ def can_reset_peak() -> bool:
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (highest since the reset) of this process."""
+    """Resident bytes of this process: VmRSS (now) or VmHWM (the highest since the
+    reset).
+
+    Raises RuntimeError if the kernel does not report the field.
+    """
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -71,7 +89,9 @@ def resident_bytes(field: str) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse large freed blocks instead of handing each back to the kernel and faulting it in again."""
+    """Let glibc reuse large freed blocks instead of returning each of them to the
+    kernel."""
+    # By default each large tensor would be mapped and faulted in again, page by page.
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -33,7 +33,7 @@ function show(mark) {
   tip.hidden = !mark;
   if (!mark) return;
   mark.classList.add("on");
-  tip.textContent = mark.dataset.words;
+  tip.textContent = mark.dataset.words || mark.getAttribute("aria-label");
   place();
 }
 
@@ -49,14 +49,16 @@ function place() {
 
 const REACH = 28;
 
-for (const chart of document.querySelectorAll("svg.chart, .passage")) {
-  const marks = [...chart.querySelectorAll("[data-words]")];
-  const inside = (event) => event.target.closest("[data-words]");
+for (const chart of document.querySelectorAll(".chart, .passage")) {
+  const isDrawn = chart.matches(".chart");
+  const words = isDrawn ? ".role-mark path[aria-label]" : "[data-words]";
+  const marks = [...chart.querySelectorAll(words)];
+  const inside = (event) => event.target.closest(words);
   chart.addEventListener("pointermove", (event) => {
-    if (inside(event) || !chart.matches("svg")) return show(inside(event));
+    if (inside(event) || !isDrawn) return show(inside(event));
     let best = null, least = REACH;
     for (const mark of marks) {
-      const box = (mark.querySelector("path, rect") || mark).getBoundingClientRect();
+      const box = mark.getBoundingClientRect();
       const far = Math.hypot(event.clientX - box.left - box.width / 2, event.clientY - box.top - box.height / 2);
       if (far < least) [best, least] = [mark, far];
     }

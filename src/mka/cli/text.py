@@ -1,0 +1,275 @@
+"""mka convert, adapt, generate and chat: give a pretrained model a memory, and write
+text."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mka.cli.output import complain
+from mka.errors import InputError, check_at_least, unknown_name
+from mka.memory.options import (
+    LONGTERM_POSITIONS,
+    MIX,
+    MIXES,
+    POSITIONS,
+    SESSION_DECAY,
+    SESSION_SLOTS,
+    SESSION_STRIDE,
+    LongTermConfig,
+    LongTermPositions,
+    Mix,
+    SessionDecay,
+    check_distance,
+    check_memory,
+    check_sinks,
+)
+from mka.record.config import AdaptConfig
+from mka.record.mechanisms import CONVERTIBLE, MECHANISMS, listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Convert a pretrained model to another attention mechanism, and save it.
+
+    With mka, the default, it can read on beyond its window.
+    """
+
+    model: str
+    """Folder of a saved model, a name on the hub, or a .gguf file (needs the package
+    gguf)."""
+    output: str
+    """Folder to write the model, its configuration and its tokenizer to; it must be new
+    or empty."""
+    attention_type: Annotated[
+        str, tyro.conf.arg(help=f"The new attention mechanism: {listed(CONVERTIBLE, 'or')}.")
+    ] = "mka"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type of the written weights: float32, bfloat16 or float16; default: that of
+    the model, or bfloat16 for a .gguf file."""
+    local_window: int | None = 256
+    """Tokens in the window of each token, itself included; None: the whole past."""
+    sink_tokens: int | None = None
+    """First tokens of a row that every later token sees too; None: 4, or fewer if the
+    window is small."""
+    mix: Mix = MIX
+    """How mka combines its three levels: joint (one softmax over all) or routed (one
+    softmax per level, weighted by the router)."""
+    chunk_size: int = 8
+    """Tokens per long-term chunk."""
+    top_k: int = 32
+    """Long-term chunks retrieved per token; 0: no long-term level."""
+    longterm_positions: LongTermPositions = POSITIONS
+    """Position of retrieved keys: true (their own distance), clamped (the window's
+    edge) or none (no position)."""
+    session_decay: SessionDecay = SESSION_DECAY
+    """Decay of the session average: learned, or a number between 0 and 1; None: no
+    session level. The average has no effect until it is trained."""
+    session_stride: int = SESSION_STRIDE
+    """mka: keep a session-average slot every N tokens (1: every token)."""
+    session_slots: int | None = SESSION_SLOTS
+    """mka: number of latest session slots to attend to; None: all of them."""
+    memory_layers: Literal["all"] | int | tuple[int, ...] = "all"
+    """Layers that get mka or fmka: all, a number n for every n-th layer, or a list of
+    layer numbers from 0; the other layers have the window and the sinks only."""
+
+    def __post_init__(self) -> None:
+        if self.attention_type not in CONVERTIBLE:
+            raise unknown_name("attention_type", self.attention_type, CONVERTIBLE)
+        for name, allowed in (("mix", MIXES), ("longterm_positions", LONGTERM_POSITIONS)):
+            if getattr(self, name) not in allowed:
+                raise unknown_name(name, getattr(self, name), allowed)
+        # Checked here, because `convert` only does so after the model has been loaded.
+        session = (self.session_decay, self.session_stride, self.session_slots)
+        check_memory(self.local_window, self.chunk_size, self.top_k, *session)
+        check_distance(self.local_window, check_sinks(self.local_window, self.sink_tokens), None)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `mka.models.convert`."""
+        # The heads of a pretrained model are given, so num_groups is not an option
+        # here.
+        flags = [flag for flag in MECHANISMS[self.attention_type].flags if flag != "num_groups"]
+        return {flag: getattr(self, flag) for flag in flags} | {"memory_layers": self.memory_layers}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """A saved model, and how it continues a text."""
+
+    model: str
+    """Folder of a saved model, or a name on the hub; any causal model of
+    transformers."""
+    max_new_tokens: int = 128
+    """Maximum number of tokens per answer."""
+    temperature: float = 0.0
+    """0: greedy. Above 0: sampling; higher is more random."""
+    seed: int = 0
+    """Random seed for sampling."""
+    bank: str | None = None
+    """Folder of a bank (mka memory add); its documents are read as if they came before
+    the text."""
+    show_memory: bool = False
+    """Print cache size and router shares."""
+    longterm: LongTermConfig = field(default_factory=LongTermConfig)
+    """Where to keep the long-term memory."""
+
+    def __post_init__(self) -> None:
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature}; it must be 0 or above")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(ModelChoice):
+    """Continue a text with a saved model."""
+
+    prompt: str | None = None
+    """Text to continue."""
+    prompt_file: str | None = None
+    """Read the prompt from this UTF-8 file."""
+    prefill_chunk_size: int | None = None
+    """Read the prompt in pieces of this many tokens, which limits peak memory; None:
+    all at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("prefill_chunk_size", self.prefill_chunk_size, 1)
+        # Both or none: either way it is not clear what to continue.
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise InputError("give one of --prompt and --prompt_file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(ModelChoice):
+    """Chat with a saved model, which reads each turn once.
+
+    Each line of the input is a turn; the conversation ends with the input.
+    """
+
+
+def run_convert(config: ConvertConfig) -> int:
+    """Write the converted model; print its parameters and its cache sizes. Returns
+    0."""
+    import torch
+
+    from mka.models import convert
+    from mka.models.account import account_of
+    from mka.models.loading import load, load_gguf, new_folder, save
+
+    # A folder that cannot be written to is refused before the model is loaded.
+    output = new_folder(config.output)
+    is_gguf = config.model.endswith(".gguf")
+    model, tokenizer = (
+        load_gguf(config.model, config.dtype or "bfloat16") if is_gguf else load(config.model)
+    )
+    # Cast before the conversion, so that new parameters get the same type.
+    if config.dtype is not None:
+        model = model.to(getattr(torch, config.dtype))
+    converted = convert(model, config.attention_type, **config.options)
+    save(converted, tokenizer, output)
+    account = account_of(model, converted)
+    print(f"kept: {account.kept:,} parameters; added: {account.added:,}")
+    print(
+        f"{account.layers} layers, {account.with_memory} of them with a memory; "
+        f"window {account.local_window or 'none'}, sinks {account.sink_tokens}"
+    )
+    print(f"{'tokens':>8} {'own cache':>12} {'cache':>12} {'without chunks':>15}")
+    for size in account.caches:
+        sizes = f"{mib(size.own):>12} {mib(size.converted):>12} {mib(size.without_chunks):>15}"
+        print(f"{size.tokens:>8,} {sizes}")
+    print("without chunks: what stays on the device when chunks are kept in host memory or on disk")
+    print(f"written: {config.output}")
+    return 0
+
+
+def mib(size: int) -> str:
+    """A number of bytes, written in MiB."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def run_adapt(config: AdaptConfig) -> int:
+    """Train the memories of a converted model; returns 1 if the training diverges."""
+    from mka.cli.benchmark import plain_console
+    from mka.experiments import adapt_model
+    from mka.training import NonFiniteLoss
+
+    try:
+        adapt_model(config, plain_console())
+    except NonFiniteLoss as error:
+        return complain("mka", error, 1)
+    return 0
+
+
+def conversation_of(config: ModelChoice, **streaming: Any) -> Any:
+    """A conversation with the command's model, which prints its answers token by token.
+
+    streaming: further options for transformers' TextStreamer.
+    """
+    from transformers import TextStreamer
+
+    from mka.models.generation import Conversation
+    from mka.models.loading import load
+
+    model, tokenizer = load(config.model)
+    return Conversation(
+        model,
+        tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        bank=config.bank,
+        longterm=config.longterm,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, **streaming),
+    )
+
+
+def run_generate(config: GenerateConfig) -> int:
+    """Print the prompt's continuation token by token, then a line on the memory if
+    asked for.
+
+    Returns 0. Raises OSError if the prompt's file cannot be read.
+    """
+    prompt = config.prompt
+    # Read before the model is loaded: a wrong path is reported at once.
+    if config.prompt_file is not None:
+        prompt = Path(config.prompt_file).read_text(encoding="utf-8")
+    from mka.models.generation import watched_routers
+
+    conversation = conversation_of(config)
+    size = config.prefill_chunk_size
+    chunked = {} if size is None else {"prefill_chunk_size": size}
+    # The prompt is within the watch too, because the routers work while it is read.
+    with watched_routers(conversation.model) as shares:
+        ids = conversation.tokenizer(prompt or "", add_special_tokens=False).input_ids
+        conversation.go_on(ids, **chunked)
+    if config.show_memory:
+        print(f"[{conversation.memory()}; {shares}]")
+    return 0
+
+
+def run_chat(config: ChatConfig) -> int:
+    """Answer each line of the input until it ends; empty lines are skipped. Returns
+    0."""
+    from mka.models.generation import watched_routers
+
+    conversation = conversation_of(config, skip_special_tokens=True)
+    while (text := next_turn()) is not None:
+        if not text.strip():
+            continue
+        with watched_routers(conversation.model) as shares:
+            conversation.tell(text)
+        if config.show_memory:
+            print(f"[{conversation.memory()}; {shares}]")
+    return 0
+
+
+def next_turn() -> str | None:
+    """The next line of the input; None at its end."""
+    try:
+        # A prompt sign in piped input would only clutter the output.
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
