@@ -221,6 +221,9 @@ MEASURES: dict[str, Callable[[Tree], str]] = {
 
 def main(arguments: list[str]) -> None:
     folders = arguments or [str(Path(__file__).parents[1] / "src")]
+    for folder in folders:
+        if not (Path(folder) / "mka" / "__init__.py").is_file():
+            sys.exit(f"{folder} holds no package mka; give folders such as src")
     trees = [Tree(Path(folder).resolve()) for folder in folders]
     for name, measure in MEASURES.items():
         print(f"{name:<34} {'   '.join(f'{measure(tree):<34}' for tree in trees)}".rstrip())

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mka.storage import write_atomically
-
 GO_ON = "run the same command again to resume; finished results are kept"
 
 
@@ -23,6 +21,8 @@ class JsonLines:
         # The whole file is written again, so that a kill never leaves half a line in
         # it.
         if self.path is not None:
+            from mka.storage import write_atomically  # what the overview does not need
+
             write_atomically(Path(self.path), "\n".join(self.lines) + "\n")
 
 
