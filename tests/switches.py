@@ -8,7 +8,7 @@ import pytest
 
 import mka.attention
 import mka.memory.bank
-from mka.memory import disk, local, longterm, search, state
+from mka.memory import disk, local, longterm, options, search, state
 from mka.ops import attend, chunks, fused, scan, unions
 
 Change = tuple[Any, str, Any]
@@ -93,10 +93,11 @@ def switch(patch: pytest.MonkeyPatch, changes: list[Change]) -> None:
 
 def numbers_in_the_code() -> dict[str, Any]:
     """Constants of the rooms below the models that are numbers, by module and name; those that
-    another module imports are read there too. Numbers of the levels are names, not sizes."""
+    another module imports are read there too. Numbers of the levels are names, not sizes, and
+    defaults of options (mka.memory.options) are read where a mechanism is made."""
     rooms, levels = (
         ("mka.ops.", "mka.memory.", "mka.attention."),
-        {"LOCAL", "SESSION", "LONG_TERM", "NUM_LEVELS"},
+        {"LOCAL", "SESSION", "LONG_TERM", "NUM_LEVELS", *vars(options)},
     )
     found = {}
     for module_name, module in sorted(sys.modules.items()):

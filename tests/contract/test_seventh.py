@@ -98,8 +98,7 @@ ROW = """
         marker="triangle-left",
         is_convertible=False,
     ),
-}
-CONVERTIBLE ="""
+"""
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +119,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     twins.write_text(text + TWIN)
     table = package / "record" / "mechanisms.py"
     text = table.read_text()
-    assert text.count("\n}\nCONVERTIBLE =") == 1
-    table.write_text(text.replace("\n}\nCONVERTIBLE =", ROW, 1))
+    end = text.index("\n}\n", text.index("MECHANISMS:")) + 1
+    table.write_text(text[:end] + ROW.lstrip("\n") + text[end:])
     (place / "text").mkdir()
     words = [
         "the",
