@@ -201,7 +201,9 @@ def test_the_benchmark_the_report_and_the_page_know_it(run: Run, copy: Path) -> 
 
 def test_the_command_line_knows_it(run: Run) -> None:
     ended = run("-m", "mka", "bench", "--help")
-    assert re.search(r"mha\s+mqa\s+gqa\s+mla\s+mka\s+fmka\s+tied", ended.stdout.replace("│", " "))
+    assert re.search(
+        r"mha,\s+mqa,\s+gqa,\s+mla,\s+mka,\s+fmka,\s+tied", ended.stdout.replace("│", " ")
+    )
     model = ["--model", "nowhere", "--output", "new", "--attention_type", "tied"]
     ended = run("-m", "mka", "convert", *model)
     assert ended.returncode == 2

@@ -134,7 +134,7 @@ def test_another_models_bank_is_refused(tmp_path: Path) -> None:
         Bank(tmp_path / "bank", fingerprint(other))
     with torch.no_grad():
         next(ours.parameters()).view(-1)[0] += 1
-    with pytest.raises(InputError, match="means nothing to another"):
+    with pytest.raises(InputError, match="banks are not interchangeable"):
         Bank.create(tmp_path / "bank", fingerprint(ours))
 
 
