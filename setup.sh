@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 #
-# Makes the project's environment in .venv, next to this script, and says which device it found.
+# Creates the project's environment in .venv, next to this script, and prints which device it found.
 #
 #     ./setup.sh                      # with python3
 #     PYTHON=python3.12 ./setup.sh    # with another interpreter
 #
-# Running it again costs a moment when nothing changed. It updates .venv when pyproject.toml or
-# constraints.txt did, and makes it anew when it is broken, half made, moved, or for another interpreter.
+# If nothing has changed, running it again takes only a moment. It updates .venv if pyproject.toml or
+# constraints.txt has changed, and recreates it if it is broken, incomplete, moved, or for another interpreter.
 set -euo pipefail
 
 fail() {
@@ -16,7 +16,7 @@ fail() {
 
 runs() { "$@" >/dev/null 2>&1; }
 
-# Four lines: version, whether it is new enough, where its library lives, what to start it by outside a .venv.
+# Prints four lines: version, whether it is new enough, where its library is, and how to start it outside a .venv.
 describe_python() {
     "$1" -c '
 import os, sys
@@ -27,7 +27,7 @@ print(sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(sys.
 '
 }
 
-# Prints the closing line. Fails if a package that the project needs is missing, or has lost a file.
+# Prints the last line of the output. Fails if a package that the project needs is missing, or lacks a file.
 describe_device() {
     .venv/bin/python -W ignore -c '
 import os, re, sys
@@ -40,11 +40,11 @@ for requirement in metadata.requires("mka"):
 for package in metadata.distributions():
     record = package.read_text("RECORD")
     if record is None and package.read_text("METADATA") is not None:
-        sys.exit(f"error: {package.name} is half installed")
+        sys.exit(f"error: {package.name} is only partly installed")
     for line in (record or "").splitlines():
         file = line.rsplit(",", 2)[0].strip("\"")
         if not file.endswith(".pyc") and not os.path.exists(package.locate_file(file)):
-            sys.exit(f"error: {package.name} has lost {file}")
+            sys.exit(f"error: {package.name} lacks the file {file}")
 
 import torch
 
@@ -72,14 +72,14 @@ facts=$(describe_python "$python" 2>/dev/null) || fail "'$python' does not run; 
 [[ $age == new ]] || fail "'$python' is Python $version; $advice"
 cd "$root"
 
-# --- One setup at a time. The lock is on this script, and ends with the process that holds it.
+# --- Only one setup at a time. The lock is on this script, and is released when the process that holds it ends.
 
 if runs command -v flock; then
     exec 9<setup.sh
     flock --nonblock 9 || { echo "Waiting for another setup of this folder to finish ..." && flock 9; }
 fi
 
-# --- What .venv was made from: its place and interpreter on the first line of the stamp, the files on the second.
+# --- What .venv was made from: the stamp's first line has its folder and interpreter, the second a checksum of the files.
 
 stamp=.venv/setup-stamp
 made_with="$root, Python $version in $library"
@@ -98,7 +98,7 @@ if [[ $old_with == "$made_with" && "$old_from" == "$made_from" ]]; then
     old_with=damaged
 fi
 
-# An environment made by hand is taken over if it is for this interpreter.
+# An environment that was made by hand is used if it is for this interpreter.
 worth_keeping() {
     if [[ -f $stamp ]]; then
         [[ $old_with == "$made_with" ]] || return 1
@@ -113,13 +113,13 @@ if worth_keeping; then
 else
     runs "$base_python" -c "import ensurepip, venv" ||
         fail "Python $version has no venv module; on Debian and Ubuntu: apt install python3-venv"
-    echo "Making .venv with Python $version ..."
+    echo "Creating .venv with Python $version ..."
     rm -rf .venv && mkdir .venv
-    echo "unfinished" >"$stamp" # until all is done, so that an interrupted setup starts over
+    echo "unfinished" >"$stamp" # until everything is installed, so that an interrupted setup starts again
     "$base_python" -m venv .venv
 fi
 
-# When pip gives up by itself (no network, say) what it has installed is whole, and the next run goes on from there.
+# If pip fails by itself (for example without a network), what it has installed is complete, and the next run continues from there.
 trap 'exit 130' INT TERM
 install() {
     .venv/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt "$@" ||
@@ -127,7 +127,7 @@ install() {
 }
 
 torch=$(grep '^torch==' constraints.txt)
-echo "Installing torch ${torch#*==} (the largest part: the first time this may take minutes) ..."
+echo "Installing torch ${torch#*==} (the largest part; the first time this can take minutes) ..."
 install "$torch"
 echo "Installing mka and everything else it needs ..."
 install -e ".[dev]"

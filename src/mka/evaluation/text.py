@@ -31,8 +31,7 @@ DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Scores of N documents: sums per document, which give every value and its 95 %
-    interval.
+    """Scores of N documents: sums per document, which give every value and its 95 % interval.
 
     Attributes:
         nats: the negative log-likelihood of each document, (N,).
@@ -40,9 +39,9 @@ class Perplexity:
         long: nats of each token in the first window of the documents that fill one,
             (L, max_length).
         max_length: tokens per window.
-        stride: tokens that each window after the first predicts. words, num_bytes:
-        words and bytes of each document's text, (N,); None if only token ids were
-        given.
+        stride: tokens that each window after the first predicts.
+        words, num_bytes: words and bytes of each document's text, (N,); None if only token ids were
+            given.
     """
 
     nats: np.ndarray

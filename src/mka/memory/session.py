@@ -98,12 +98,12 @@ def attend_slots(
     """Attention to the latest completed session slots, slots of the state included.
 
     Args:
-        q: (B, T, H, D). k, v: (B, N, G, D), the slots that this call completes; a row
-        with fewer has them in its first columns.
+        q: (B, T, H, D).
+        k, v: (B, N, G, D), the slots that this call completes; a row with fewer has them in its
+            first columns.
         stride: tokens per slot.
         window: how many of the latest slots a token reads (None: all).
-        state: to read from and to write the slots to (None: this call is the whole
-            row).
+        state: to read from and to write the slots to (None: this call is the whole row).
         names: the state's stores of k and v.
         lse: also return the log-sum-exps. Default: False.
 

@@ -234,16 +234,16 @@ def attend_at(
     scale: float | None = None,
     lse: bool = False,
 ) -> Read:
-    """Causal attention by index: a query at t sees the keys in its window, wherever
-    they lie.
+    """Causal attention by index: a query at t sees the keys in its window, wherever they lie.
 
     Args:
-        q: (B, T, H, D). k, v: (B, S, G, D), in any dtype (that of a cache). query, key:
-        (B or 1, T) and (B or 1, S), token indices; a negative key is an empty place.
+        q: (B, T, H, D).
+        k, v: (B, S, G, D), in any dtype (that of a cache).
+        query, key: (B or 1, T) and (B or 1, S), token indices; a negative key is an empty place.
         window: what t sees. Default: None, every key up to t.
-        newest: `newest(i)` is the column of the last key that query i sees, if the keys
-            after the first `kept` are in order; keys that no query of a tile sees are
-            then left out. Default: None, in no particular order.
+        newest: `newest(i)` is the column of the last key that query i sees, if the keys after the
+            first `kept` are in order; keys that no query of a tile sees are then left out.
+            Default: None, in no particular order.
         kept: columns in front, such as sinks, that every tile reads. Default: 0.
         scale: factor of the scores. Default: None, 1 / sqrt(D).
 
@@ -349,10 +349,10 @@ def attend_window(
         query 2   # #     . . . . #   # # #         no sinks among its keys
 
     Args:
-        q: (B, T, H, D). k, v: (B, S, G, D), in order; they end with the last query's
-        own, and include all that the windows reach, or all that exist.
-        sinks: keys and values of the row's first tokens, (B, N, G, D); they may be in k
-            and v too.
+        q: (B, T, H, D).
+        k, v: (B, S, G, D), in order; they end with the last query's own, and include all that the
+            windows reach, or all that exist.
+        sinks: keys and values of the row's first tokens, (B, N, G, D); they may be in k and v too.
         window: what a token sees.
         first: token index of the first query.
         scale: factor of the scores. Default: None, 1 / sqrt(D).

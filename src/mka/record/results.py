@@ -127,21 +127,18 @@ class Result:
         variant: names the options that differ from those of the flags; "" if none do.
         train_loss, eval_loss: mean losses, in nats per token.
         perplexity: exp(eval_loss), per token.
-        bits_per_byte: the held-out loss in bits per byte of UTF-8, comparable between
-            tokenizers.
-        eval_block_losses: the loss of each held-out block, in the order of the split,
-            so that mechanisms can be compared on the same text; empty in schema version
-            1. train_seconds, eval_seconds: times; train_seconds never includes
-            evaluation. memory_allocated, memory_reserved: peak bytes; None where they
-            could not be measured.
-        cache_bytes_per_token: bytes of the whole model's cache in bfloat16, per token
-            of context.
-        flops_per_token: FLOPs of matrix products in a forward pass, the mean over the
-            context; None in schema version 1.
+        bits_per_byte: the held-out loss in bits per byte of UTF-8, comparable between tokenizers.
+        eval_block_losses: the loss of each held-out block, in the order of the split, so that
+            mechanisms can be compared on the same text; empty in schema version 1.
+        train_seconds, eval_seconds: times; train_seconds never includes evaluation.
+        memory_allocated, memory_reserved: peak bytes; None where they could not be measured.
+        cache_bytes_per_token: bytes of the whole model's cache in bfloat16, per token of context.
+        flops_per_token: FLOPs of matrix products in a forward pass, the mean over the context;
+            None in schema version 1.
         skipped_steps: steps that float16 skipped because gradients overflowed.
-        busy_cores: how many cores other processes used during the training, the mean;
-            None where that is not known. config, environment: the settings of this row,
-            and what it was measured on.
+        busy_cores: how many cores other processes used during the training, the mean; None where
+            that is not known.
+        config, environment: the settings of this row, and what it was measured on.
     """
 
     schema_version: int = SCHEMA_VERSION
