@@ -52,7 +52,7 @@ class Finder(MetaPathFinder, Loader):
                     return getattr(place, name)
             raise AttributeError(f"module {spec.name!r} has no attribute {name!r}")
 
-        module.__getattr__ = look  # type: ignore[method-assign]
+        vars(module)["__getattr__"] = look
         return module
 
     def exec_module(self, module: ModuleType) -> None:

@@ -15,9 +15,11 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, make_dataclass
+from functools import reduce
 from importlib import import_module
 from itertools import dropwhile, takewhile
-from typing import Annotated, Any, NamedTuple, Union
+from operator import or_
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -169,7 +171,7 @@ def overview(group: str) -> Any:
         summary = summary or COMMANDS[f"{group} {name}".strip()].summary
         about = tyro.conf.subcommand(name, description=summary)
         forms.append(Annotated[make_dataclass("Summary", ()), about])
-    return Union[tuple(forms)]  # noqa: UP007 (a choice of forms that are known only now)
+    return reduce(or_, forms)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
