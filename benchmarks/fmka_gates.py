@@ -29,7 +29,7 @@ from mka.memory.router import LOCAL, LONG_TERM, NUM_LEVELS, SESSION
 from mka.memory.state import State
 from mka.models import build_model, mechanisms, next_token_loss, preset_config
 from mka.record.config import PRESETS
-from mka.training import choose_precision, minimise
+from mka.training import choose_precision, minimize
 
 
 class ChannelGated(FastMemoryKeyedAttention):
@@ -131,7 +131,7 @@ def main(options: Options) -> None:
                 with precision.autocast():
                     return next_token_loss(model, batches.at(step))
 
-            minimise(model, loss_at, options.max_steps, preset.learning_rate)
+            minimize(model, loss_at, options.max_steps, preset.learning_rate)
             rows = evaluation_batches(
                 corpus.splits["validation"],
                 preset.sequence_length,

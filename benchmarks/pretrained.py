@@ -333,14 +333,14 @@ def passkey_measures(
                 start = time.perf_counter()
                 with torch.no_grad():
                     cache = arm.cache()
-                    logits, said = read_in_pieces(arm.model, ids, cache, PIECE), []
+                    logits, written = read_in_pieces(arm.model, ids, cache, PIECE), []
                     # Five digits and a little more, whatever the tokenizer makes of them.
                     for _ in range(8):
-                        said.append(int(logits.argmax()))
-                        more = ids.new_tensor([[said[-1]]])
+                        written.append(int(logits.argmax()))
+                        more = ids.new_tensor([[written[-1]]])
                         out = arm.model(more, use_cache=True, **{CACHE_ARGUMENT: cache})
                         logits = out.logits[:, -1]
-                answer = tokenizer.decode(said)
+                answer = tokenizer.decode(written)
                 taken = round(time.perf_counter() - start, 1)
                 return {"right": key in answer, "answer": answer, "key": key, "seconds": taken}
 

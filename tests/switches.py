@@ -31,8 +31,8 @@ SWITCHES: dict[str, list[Change]] = {
     "all heads of one query scored at once": [(search, "SCORES", 1), (search, "SCORES_ON_GPU", 1)],
     "the scores of few queries at once": [(search, "SCORES", 300)],
     "always sorted by chunk": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 0)],
-    "neighbours always together": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 10**9)],
-    "three neighbours together": [
+    "neighbors always together": [*NEVER_GATHERED, (unions, "LARGEST_UNION", 10**9)],
+    "three neighbors together": [
         *NEVER_GATHERED,
         (unions, "LARGEST_UNION", 10**9),
         (unions, "QUERIES", 3),

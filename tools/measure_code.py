@@ -84,7 +84,7 @@ def characters(tree: Tree) -> str:
 
 
 def without_strings(module: ast.Module) -> ast.Module:
-    """The module without strings that stand alone: docstrings."""
+    """The module without its docstrings."""
     copy = ast.parse(ast.unparse(module))
     for node in ast.walk(copy):
         for name in ("body", "orelse", "finalbody"):
@@ -130,8 +130,8 @@ def comments(tree: Tree) -> str:
     count = 0
     for text in tree.texts:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            said = token.string.lstrip("# ")
-            count += token.type == tokenize.COMMENT and not said.startswith(FOR_TOOLS)
+            words = token.string.lstrip("# ")
+            count += token.type == tokenize.COMMENT and not words.startswith(FOR_TOOLS)
     return share(count, len(tree.lines))
 
 
@@ -186,7 +186,7 @@ def defaults_in(module: ast.Module) -> Iterator[tuple[str, ast.expr | None]]:
 
 
 def files_with_a_name(tree: Tree) -> str:
-    """Files in which the name of some mechanism stands as a string of its own, without studies and
+    """Files in which the name of some mechanism is a string of its own, without studies and
     the like."""
     found = set()
     for path, module in zip(tree.files, tree.modules, strict=True):

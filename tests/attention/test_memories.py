@@ -93,7 +93,7 @@ def test_however_many_chunks_are_proposed(
 
 @torch.no_grad()
 def test_in_bfloat16_the_choice_of_chunks_does_not_depend_on_the_future() -> None:
-    """Whether neighbours read together is decided for the whole row: here by what follows, alike or
+    """Whether neighbors read together is decided for the whole row: here by what follows, alike or
     unlike."""
     generator = torch.Generator().manual_seed(3)
 

@@ -187,7 +187,7 @@ def test_the_script_and_the_console_command_refuse_alike(tmp_path: Path) -> None
 
 
 def test_on_a_terminal_a_complaint_is_one_plain_line() -> None:
-    """There the parser draws coloured boxes."""
+    """There the parser draws colored boxes."""
     ours, theirs = pty.openpty()
     try:
         command = [sys.executable, "-m", "mka", "bench", "--bach_size", "3"]

@@ -117,7 +117,7 @@ def test_tokens_taken_back_and_rows_chosen(
 
 @pytest.mark.parametrize("kind", SEARCHED)
 @pytest.mark.parametrize(
-    "name", [*switches.STORED, "all of them small", "always gathered", "neighbours always together"]
+    "name", [*switches.STORED, "all of them small", "always gathered", "neighbors always together"]
 )
 @every_store
 @torch.no_grad()

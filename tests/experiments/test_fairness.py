@@ -18,7 +18,7 @@ from tiny_runs import TINY, Place
 
 @dataclass
 class Seen:
-    """What one model was given: training batches, by optimiser step; and looks, each a list of
+    """What one model was given: training batches, by optimizer step; and looks, each a list of
     (blocks, nats)."""
 
     model: nn.Module
@@ -51,7 +51,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
         assert trainer.objective is loss
         trainer.objective = training_loss
 
-    def optimiser_step(trainer: engine.TorchEngine, learning_rate: float) -> bool:
+    def optimizer_step(trainer: engine.TorchEngine, learning_rate: float) -> bool:
         of(trainer.model).steps.append([])
         return step(trainer, learning_rate)
 
@@ -65,7 +65,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
         return losses
 
     monkeypatch.setattr(engine.TorchEngine, "__init__", made)
-    monkeypatch.setattr(engine.TorchEngine, "step", optimiser_step)
+    monkeypatch.setattr(engine.TorchEngine, "step", optimizer_step)
     monkeypatch.setattr(benchmark, "held_out_loss", look)
     monkeypatch.setattr(held_out, "next_token_loss", scored_loss)
     return models
@@ -125,7 +125,7 @@ def test_mechanisms_start_from_the_same_embeddings(
     assert all(torch.equal(start, starts[0]) for start in starts)
 
 
-def test_an_optimiser_step_takes_batch_size_times_accumulation(
+def test_an_optimizer_step_takes_batch_size_times_accumulation(
     place: Place, seen: list[Seen]
 ) -> None:
     assert (

@@ -10,8 +10,8 @@ import pytest
 from mka import cli
 from mka.distributed import Ranks
 from mka.errors import InputError
-from mka.experiments import launch, tracking
-from mka.experiments.launch import accumulation, describe_launch, read_deepspeed, started_by
+from mka.experiments import environment, progress
+from mka.experiments.environment import accumulation, describe_launch, read_deepspeed, started_by
 from mka.record.config import BenchmarkConfig
 from thread_ranks import Meeting, ThreadAccelerator
 from tiny_runs import Place, end, fingerprint
@@ -226,13 +226,13 @@ def test_a_launchers_own_flag_is_passed_over(place: Place) -> None:
     assert place.bench("--local_rank=0", "--attention_type", "mqa", "--max_steps", 1).status == 0
 
 
-@pytest.mark.parametrize("name", tracking.PACKAGES)
+@pytest.mark.parametrize("name", progress.PACKAGES)
 def test_a_tracker_that_is_not_installed(
     refused: Callable[..., str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda package: None)
+    monkeypatch.setattr(progress, "find_spec", lambda package: None)
     assert refused("--track", name) == (
-        f"benchmark.py: --track {name} needs the package {tracking.PACKAGES[name]}; pip "
+        f"benchmark.py: --track {name} needs the package {progress.PACKAGES[name]}; pip "
         f"install 'mka[{name}]'"
     )
 
@@ -284,6 +284,6 @@ def test_strategies_have_names_for_every_stage(
         path.write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
         config = BenchmarkConfig(deepspeed=True, deepspeed_config=str(path)).resolved()
         assert (
-            launch.strategy_name(config, Ranks(), read_deepspeed(config))
+            environment.strategy_name(config, Ranks(), read_deepspeed(config))
             == f"deepspeed zero{stage}"
         )

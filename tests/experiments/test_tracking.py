@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mka.experiments import tracking
+from mka.experiments import progress
 from mka.record.results import read_curve
 from mka.training import TrainingRun
 from tiny_runs import TINY, Place
@@ -99,10 +99,10 @@ def test_any_tracker_is_started_told_and_finished_even_after_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = Tracker()
-    monkeypatch.setattr(tracking, "make_tracker", lambda *_: tracker)
+    monkeypatch.setattr(progress, "make_tracker", lambda *_: tracker)
 
     def work() -> None:
-        with tracking.tracked("wandb", tmp_path, "mha-seed0", {"seed": 0}) as on_step:
+        with progress.tracked("wandb", tmp_path, "mha-seed0", {"seed": 0}) as on_step:
             on_step(TrainingRun(losses=[3.0, 2.5], tokens=64))
             raise RuntimeError("lost")
 
@@ -123,11 +123,11 @@ def test_trackers_are_made_for_the_run(
     made: list[tuple[str, str, dict[str, Any]]] = []
     for kind in ("TensorBoardTracker", "WandBTracker", "TrackioTracker"):
         monkeypatch.setattr(
-            tracking.tracking,
+            progress.tracking,
             kind,
             lambda *words, kind=kind, **named: made.append((kind, words[0], named)),
         )
-    tracking.make_tracker(name, tmp_path, "mha-seed0")
+    progress.make_tracker(name, tmp_path, "mha-seed0")
     expected = {
         "tensorboard": (
             "TensorBoardTracker",
@@ -141,8 +141,8 @@ def test_trackers_are_made_for_the_run(
 
 
 def test_no_tracker_needs_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
-    tracking.check_tracker("none")
-    with tracking.tracked("none", tmp_path, "mha-seed0", {}) as on_step:
+    monkeypatch.setattr(progress, "find_spec", lambda name: None)
+    progress.check_tracker("none")
+    with progress.tracked("none", tmp_path, "mha-seed0", {}) as on_step:
         on_step(TrainingRun())
     assert list(tmp_path.iterdir()) == []

@@ -139,7 +139,7 @@ def test_tokens_that_are_not_seen(case: tuple[int, ...], way: Way) -> None:
     ("name", "size"), [("QUERIES", 3), ("QUERIES", 1), ("GATHERED", 1), ("GATHERED", 700)]
 )
 @cases
-def test_tiles_of_neighbours_change_nothing(
+def test_tiles_of_neighbors_change_nothing(
     case: tuple[int, ...], name: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v, retrieved, chunk_size = inputs(case)
@@ -206,7 +206,7 @@ def test_the_operator_of_sums() -> None:
     )
 
 
-def test_neighbours_that_choose_differently_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_that_choose_differently_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """32 queries, each with a chunk of its own; then all of them with one."""
     q, k, v = (
         torch.randn(1, 32, 1, 4, generator=torch.Generator().manual_seed(0)) for _ in range(3)

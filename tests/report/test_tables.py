@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mka.record.mechanisms import MECHANISMS
 from mka.record.results import Result
-from mka.report import Summary, console_table, markdown_table, result_lines, summarise
+from mka.report import Summary, console_table, markdown_table, result_lines, summarize
 
 MakeResult = Callable[..., Result]
 
@@ -39,7 +39,7 @@ def printed(summaries: Sequence[Summary], width: int = 100) -> str:
 
 
 def test_markdown_numbers_and_units(make_result: MakeResult) -> None:
-    (row,) = cells(markdown_table(summarise([make_result(**NUMBERS)])))
+    (row,) = cells(markdown_table(summarize([make_result(**NUMBERS)])))
     assert row == {
         "Mechanism": "MKA",
         "Train loss": "4.5679",
@@ -61,7 +61,7 @@ def test_markdown_spread_over_seeds(make_result: MakeResult) -> None:
     losses, memory = (4.0, 4.2), (100 * 2**20, 102 * 2**20)
     rows = [make_result(seed=s, eval_loss=losses[s], memory_allocated=memory[s]) for s in (0, 1)]
     rows.append(make_result("mha", train_seconds=1234.5))
-    first, second = cells(markdown_table(summarise(rows)))
+    first, second = cells(markdown_table(summarize(rows)))
     assert first["Train time"] == "1,234 s"
     assert (first["Seeds"], second["Seeds"]) == ("1", "2")
     assert "±" not in first["Eval loss"]
@@ -71,7 +71,7 @@ def test_markdown_spread_over_seeds(make_result: MakeResult) -> None:
 
 
 def test_no_row_is_marked_as_the_winner(make_result: MakeResult) -> None:
-    table = markdown_table(summarise(make_result(kind) for kind in MECHANISMS))
+    table = markdown_table(summarize(make_result(kind) for kind in MECHANISMS))
     assert "*" not in table
 
 
@@ -92,7 +92,7 @@ def test_the_terminal_table_is_whole_at_100_columns(
         for kind in MECHANISMS
         for seed in seeds
     ]
-    summaries = summarise(rows)
+    summaries = summarize(rows)
     text = printed(summaries)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 100

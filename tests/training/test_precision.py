@@ -65,7 +65,7 @@ def test_an_overflowing_step_is_counted_and_changes_nothing() -> None:
     assert not torch.equal(seen[1][1]["transformer.wte.weight"], start["transformer.wte.weight"])
 
 
-def test_after_an_overflow_the_optimiser_is_as_if_nothing_had_been() -> None:
+def test_after_an_overflow_the_optimizer_is_as_if_nothing_had_been() -> None:
     def one_good_step(after_an_overflow: bool) -> dict[str, torch.Tensor]:
         model, skipped = tiny.tiny_model(), []
         engine = TorchEngine(model, 1e-2, tiny.FLOAT32, Ranks())

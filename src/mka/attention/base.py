@@ -368,7 +368,7 @@ def bounded(x: Tensor) -> Tensor:
     return torch.where(x.isinf(), x, x.clamp(-limit, limit))
 
 
-def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x), with x in the dtype of the norm's weights."""
     # Under autocast the two dtypes may differ, and torch then leaves its fused kernel.
     return norm(x.to(next((p.dtype for p in norm.parameters()), x.dtype)))

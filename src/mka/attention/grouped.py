@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mka.attention.base import Bias, CausalAttention, normalise
+from mka.attention.base import Bias, CausalAttention, normalize
 from mka.errors import InputError, check_whole
 from mka.memory.entry import Entry
 from mka.memory.local import attend_local, local_entries, shown_here, token_index
@@ -68,7 +68,7 @@ class GroupedAttention(CausalAttention):
         self.register_parameter("sink_logits", None)
         self.o_proj = self.output_projection()
 
-    def normalise_heads(self, norm: Callable[[int], nn.Module]) -> None:
+    def normalize_heads(self, norm: Callable[[int], nn.Module]) -> None:
         """Normalize each query and key head before any rotary embedding (QK-norm, as in
         Qwen3 and Gemma 3).
 
@@ -92,13 +92,13 @@ class GroupedAttention(CausalAttention):
         q = self.heads(self.q_proj(x))
         # Under autocast a norm may return float32; the kernels need q, k and v of one
         # dtype.
-        q = q if self.q_norm is None else normalise(self.q_norm, q).to(q.dtype)
+        q = q if self.q_norm is None else normalize(self.q_norm, q).to(q.dtype)
         return q if self.query_factor == 1 else q * self.query_factor
 
     def keys(self, x: Tensor) -> Tensor:
         """Keys of x (..., C), not yet rotated: (..., G, D)."""
         k = self.heads(self.k_proj(x))
-        return k if self.k_norm is None else normalise(self.k_norm, k).to(k.dtype)
+        return k if self.k_norm is None else normalize(self.k_norm, k).to(k.dtype)
 
     def values(self, x: Tensor) -> Tensor:
         """Values of x (..., C): (..., G, D)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, cat, einsum, nn
 from torch.nn.modules import module
 
-from mka.attention.base import Bias, CausalAttention, normalise
+from mka.attention.base import Bias, CausalAttention, normalize
 from mka.errors import InputError, check_whole
 from mka.memory.entry import Entry
 from mka.memory.local import attend_local, local_entries
@@ -165,7 +165,7 @@ class MultiHeadLatentAttention(CausalAttention):
     def queries(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """Queries of x (B, T, C): (B, T, H, D + D_rope), their last D_rope channels
         rotated."""
-        low = x if self.q_lora_rank is None else normalise(self.q_norm, self.q_down_proj(x))
+        low = x if self.q_lora_rank is None else normalize(self.q_norm, self.q_down_proj(x))
         q = self.q_proj(low).unflatten(-1, (self.num_heads, -1))
         if self.rotary is None:
             return q
@@ -176,7 +176,7 @@ class MultiHeadLatentAttention(CausalAttention):
     def latent(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What a cache keeps of x (B, T, C): z (B, T, R) and the shared rotary key (B,
         T, 1, D_rope), None without rotary embeddings."""
-        z = normalise(self.kv_norm, self.kv_down_proj(x))
+        z = normalize(self.kv_norm, self.kv_down_proj(x))
         if self.rotary is None:
             return z, None
         return z, self.rotate(self.k_rope_proj(x).unsqueeze(2), positions)

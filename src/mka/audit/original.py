@@ -26,7 +26,7 @@ from mka.data.corpus import Corpus
 from mka.data.tokenizer import TextTokenizer
 from mka.errors import InputError, check_at_least
 from mka.models import token_loss
-from mka.training import minimise
+from mka.training import minimize
 
 SYMBOLS, UNIFORM_LENGTH, UNIFORM_ROWS = 64, 64, 32
 """Random tokens: the vocabulary, the tokens per row, and the rows per step."""
@@ -237,7 +237,7 @@ def train_model(
         "mean_so_far": not protocol.whole_row_mean,
     }
     model = OriginalLM(vocab_size, length, **switches)
-    minimise(model, lambda step: loss_of(model, rows(step)), training.max_steps, LEARNING_RATE)
+    minimize(model, lambda step: loss_of(model, rows(step)), training.max_steps, LEARNING_RATE)
     return model.eval()
 
 

@@ -83,7 +83,7 @@ def prepare_tokens(
     be written.
     """
     # A pretrained tokenizer is loaded before the cache is consulted, because its
-    # content is a part of the key: the same name may stand for another one tomorrow.
+    # content is a part of the key: tomorrow the same name may mean another one.
     pretrained = None if tokenizer_spec == "bpe" else load_tokenizer(tokenizer_spec)
     key = cache_key(corpus, pretrained, vocab_size)
     folder = Path(cache_dir or default_cache_dir()) / key

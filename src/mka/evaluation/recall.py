@@ -100,8 +100,8 @@ def recalled(model: Any, batch: RecallBatch, longterm: LongTermConfig) -> tuple[
         batch.tokens.to(model.device), use_cache=cache is not None, **{CACHE_ARGUMENT: cache}
     ).logits
     due = batch.targets != NOT_ASKED
-    said = logits.argmax(-1).cpu()[due]
-    return int((said == batch.targets[due]).sum()), int(due.sum())
+    predicted = logits.argmax(-1).cpu()[due]
+    return int((predicted == batch.targets[due]).sum()), int(due.sum())
 
 
 def needle_scores(
@@ -198,5 +198,5 @@ def answered(
     # after the true ones before it, and all of them count only if greedy decoding would
     # have written the same.
     rest = model(answer[:, :-1].to(model.device), use_cache=True, **{CACHE_ARGUMENT: cache}).logits
-    said = torch.cat([first[:, None], rest], dim=1).argmax(-1).cpu()
-    return bool((said == answer).all()), held
+    predicted = torch.cat([first[:, None], rest], dim=1).argmax(-1).cpu()
+    return bool((predicted == answer).all()), held

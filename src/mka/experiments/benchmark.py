@@ -24,11 +24,9 @@ from mka.evaluation import HeldOutLoss, held_out_loss
 from mka.experiments.budgets import match_cache, matched_intermediate_size, model_flops
 from mka.experiments.comparison import Comparison, announce, prepare
 from mka.experiments.costs import observe_models
+from mka.experiments.environment import Neighbors, read_deepspeed
 from mka.experiments.folder import identity
-from mka.experiments.launch import read_deepspeed
-from mka.experiments.neighbours import Neighbours
-from mka.experiments.progress import show_progress
-from mka.experiments.tracking import check_tracker, tracked
+from mka.experiments.progress import check_tracker, show_progress, tracked
 from mka.models import build_model, checkpoint_blocks, mechanisms, preset_config
 from mka.record.config import PRESETS, BenchmarkConfig, attention_options, layers_of
 from mka.record.mechanisms import MECHANISMS, OPTION_FLAGS
@@ -161,9 +159,9 @@ def train_and_score(comparison: Comparison, arm: Arm, seed: int) -> Result:
     parameters = sum(p.numel() for p in model.parameters())
     cache_bytes = sum(m.state_nbytes(1, length, CACHE_DTYPE) for m in mechanisms(model))
     checkpoints = checkpoints_of(comparison, arm, seed)
-    neighbours = Neighbours(ranks)
+    neighbors = Neighbors(ranks)
     run = train_model(comparison, model, arm, seed, checkpoints)
-    busy_cores = neighbours.busy_cores()
+    busy_cores = neighbors.busy_cores()
     started = time.perf_counter()
     held = evaluate(comparison, model)
     eval_seconds = time.perf_counter() - started

@@ -11,9 +11,8 @@ from rich.console import Console
 import mka
 from mka.data import BlockBatches, TokenizedCorpus, evaluation_batches, load_corpus, prepare_tokens
 from mka.distributed import Ranks
-from mka.experiments.environment import describe_environment
+from mka.experiments.environment import accumulation, describe_environment, describe_launch
 from mka.experiments.folder import agree_with_folder, choose_folder, describe, identity, open_folder
-from mka.experiments.launch import accumulation, describe_launch
 from mka.record.config import PRESETS, ResolvedConfig
 from mka.record.folders import claimed
 from mka.record.results import flat
@@ -120,33 +119,38 @@ def prepare(
         | software
     )
     folder = choose_folder(config, description)
-    description = ranks.on_main(lambda: agree_with_folder(folder, description, config.resume))
-    comparison = Comparison(
-        config=config,
-        corpus=corpus,
-        ranks=ranks,
-        precision=precision,
-        description=description,
-        environment=describe_environment(ranks.device, precision.name),
-        folder=folder,
-        console=console,
-        deepspeed=deepspeed,
-    )
-    # Called for their errors only: too little data is reported before the folder is
-    # opened.
-    comparison.held_out()
-    comparison.batches(seed=0)
-    launch = describe_launch(config, ranks, comparison.accumulation, deepspeed)
-    environment = comparison.environment | {"launch": launch}
 
-    def enter() -> set[tuple[str, int]]:
-        """Claim and open the folder; returns what is finished in it."""
+    def comparison_of(description: dict[str, Any]) -> Comparison:
+        """The comparison under the description that the folder agrees to."""
+        comparison = Comparison(
+            config=config,
+            corpus=corpus,
+            ranks=ranks,
+            precision=precision,
+            description=description,
+            environment=describe_environment(ranks.device, precision.name),
+            folder=folder,
+            console=console,
+            deepspeed=deepspeed,
+        )
+        launch = describe_launch(config, ranks, comparison.accumulation, deepspeed)
+        return replace(comparison, environment=comparison.environment | {"launch": launch})
+
+    def enter() -> tuple[dict[str, Any], set[tuple[str, int]]]:
+        """Claim and open the folder; returns its description and what is finished in it."""
+        agreed = agree_with_folder(folder, description, config.resume)
+        comparison = comparison_of(agreed)
+        # Called for their errors only: too little data is reported before the folder is
+        # opened.
+        comparison.held_out()
+        comparison.batches(seed=0)
         held.enter_context(claimed(folder))
         # Again, under the claim: another run may have begun and ended since.
-        agree_with_folder(folder, description, config.resume)
-        return open_folder(folder, description, environment)
+        agree_with_folder(folder, agreed, config.resume)
+        return agreed, open_folder(folder, agreed, comparison.environment)
 
-    return replace(comparison, environment=environment, finished=frozenset(ranks.on_main(enter)))
+    agreed, finished = ranks.on_main(enter)
+    return replace(comparison_of(agreed), finished=frozenset(finished))
 
 
 def announce(comparison: Comparison) -> None:

@@ -47,7 +47,7 @@ chunks are shared."""
 
 def asked_at(x: Tensor, state: State | None) -> Tensor | None:
     """(B or 1, T): the token index at which each token of x (B, T, ...) asks for
-    chunks; None stands for 0, 1, ..., without a state.
+    chunks; None means 0, 1, ..., without a state.
 
     Padding after a row's last token asks like that token, so it finds no chunk that
     does not exist.

@@ -127,9 +127,9 @@ class StateLayer(CacheLayerMixin):
         seen = torch.ones_like(past) if seen is None else seen.to(past.device)
         if not torch.equal(past, seen):
             row, column = (past != seen).nonzero()[0].tolist()
-            said, was = ("a token", "padding") if past[row, column] else ("padding", "a token")
+            is_now, was = ("a token", "padding") if past[row, column] else ("padding", "a token")
             raise InputError(
-                f"attention_mask says that column {column} of row {row} is {said}; it was read "
+                f"attention_mask says that column {column} of row {row} is {is_now}; it was read "
                 f"as {was}, and a memory cannot take that back: give each call the mask that the "
                 "cache was filled with (generate makes one from pad_token_id if none is given), "
                 "or start a new cache"

@@ -153,5 +153,5 @@ def make_attention(config: Any, layer: int = 0) -> CausalAttention:
         if family.sink_logits:
             attention.learn_sink_logits()
         if family.head_norm is not None:
-            attention.normalise_heads(partial(family.head_norm, eps=config.rms_norm_eps))
+            attention.normalize_heads(partial(family.head_norm, eps=config.rms_norm_eps))
     return attention

@@ -34,7 +34,7 @@ from mka.memory.options import (
     check_memory,
     check_sinks,
 )
-from mka.record.mechanisms import MECHANISMS, OPTION_NAMES, WINDOW
+from mka.record.mechanisms import MECHANISMS, OPTION_NAMES
 from mka.record.studies import STUDIES, Arm
 
 # mka.data loads them; their names are here because checking a name must not load torch.
@@ -336,20 +336,16 @@ def attention_options(kind: str, config: BenchmarkConfig) -> dict[str, Any]:
     """Keyword arguments of `build_attention(kind, ...)` that the benchmark's flags
     set."""
     row, window = MECHANISMS[kind], window_of(kind, config)
-    options: dict[str, Any] = {}
-    for flag in row.flags:
-        value = window if flag == "local_window" else getattr(config, flag)
-        # No window is what a mechanism without memories has anyway, and without a
-        # window there are no sinks.
-        is_usual = (
-            flag in WINDOW and value is None and not (flag == "local_window" and row.has_memory)
-        )
-        if (
-            flag != "memory_layers"
-            and not is_usual
-            and not (flag == "sink_tokens" and window is None)
-        ):
-            options[OPTION_NAMES.get(flag, flag)] = value
+    flags = [flag for flag in row.flags if flag != "memory_layers"]
+    options = {OPTION_NAMES.get(flag, flag): getattr(config, flag) for flag in flags}
+    if "local_window" in options:
+        options["local_window"] = window
+    # Not given, or without a window to keep them in: the mechanism's own default.
+    if config.sink_tokens is None or window is None:
+        options.pop("sink_tokens", None)
+    # Without memories, the whole past is the default.
+    if window is None and not row.has_memory:
+        options.pop("local_window", None)
     return options
 
 

@@ -94,7 +94,7 @@ def read_noted(folder: Path, path: Path) -> bytes | None:
         if data is None or not entries or entry_of(data) in entries:
             return data
         if manifest_of(folder) == content:
-            raise InputError(said(folder, name, ALTERED))
+            raise InputError(damage_line(folder, name, ALTERED))
 
 
 def note_everything(folder: Path, results: Iterable[str]) -> None:
@@ -162,10 +162,10 @@ def check_saved(folder: Path) -> None:
     saved."""
     for name, found in states(folder).items():
         if found != WHOLE:
-            raise InputError(said(folder, name, found))
+            raise InputError(damage_line(folder, name, found))
 
 
-def said(folder: Path, name: str, found: str) -> str:
+def damage_line(folder: Path, name: str, found: str) -> str:
     """The message for a file that is altered or missing (`found`)."""
     return (
         f"{folder / name} is {found}: it is not as it was written; put it back, or delete "
@@ -200,7 +200,7 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
         # One error for all that random damage can do, and for a content of another
         # shape.
         pass
-    raise InputError(said(folder, MANIFEST, ALTERED))
+    raise InputError(damage_line(folder, MANIFEST, ALTERED))
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

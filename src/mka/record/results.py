@@ -29,10 +29,10 @@ from mka.errors import InputError
 from mka.record.folders import (
     MISSING,
     WHOLE,
+    damage_line,
     note_result,
     noted_results,
     read_noted,
-    said,
     states,
     write_noted,
 )
@@ -422,7 +422,7 @@ def remarks(folder: Path) -> list[str]:
         if state == MISSING:
             found.append(f"{name} is missing")
         elif state != WHOLE:
-            raise InputError(said(folder, name, state))
+            raise InputError(damage_line(folder, name, state))
     return found
 
 

@@ -50,8 +50,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Chart:
-    """`table` says the same in figures: headings, then rows. `is_named`: the labels of
-    the series stand beside their points, too."""
+    """`table` has the same numbers: headings, then rows. `is_named`: the series'
+    labels are beside their points as well."""
 
     name: str
     title: str
@@ -134,13 +134,13 @@ def loss_chart(
     """Held-out and train loss of every mechanism; `place` gives the x of a point,
     `limits` those of y."""
     series: list[Series] = []
-    said: dict[str, dict[int, str]] = {}
+    shown: dict[str, dict[int, str]] = {}
     for run, arm, text, look in drawable(runs):
         curve = run.curves[arm]
         looks = [(place(point), point.eval_loss) for point in curve if point.eval_loss is not None]
         time = [f" ({point.seconds:.1f} s)" if name == "time" else "" for point in curve]
         seen = zip(curve, time, strict=True)
-        said[text] = {
+        shown[text] = {
             point.tokens: f"{point.eval_loss:.4f}{at}"
             for point, at in seen
             if point.eval_loss is not None
@@ -155,9 +155,9 @@ def loss_chart(
             for x, y in looks
         ]
         series.append(Series(text, arm[0], look, points, thinned(line)))
-    columns = sorted({tokens for cells in said.values() for tokens in cells})
+    columns = sorted({tokens for cells in shown.values() for tokens in cells})
     headings = ["Held-out loss at tokens", *map(compact, columns)]
-    rows = [[text, *(cells.get(tokens, "") for tokens in columns)] for text, cells in said.items()]
+    rows = [[text, *(cells.get(tokens, "") for tokens in columns)] for text, cells in shown.items()]
     return Chart(
         name=f"loss-{name}",
         title=f"Loss against {'tokens' if name == 'tokens' else 'training time'}",

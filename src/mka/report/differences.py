@@ -19,7 +19,9 @@ BASELINE = "mha"
 @dataclass(frozen=True)
 class Difference:
     """Eval loss of `name` minus the baseline's, nats per token, over the seeds that
-    both have and so many blocks."""
+    both have.
+
+    blocks: the number of held-out blocks behind the estimate."""
 
     name: str
     baseline: str

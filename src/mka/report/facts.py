@@ -1,25 +1,29 @@
-"""What ran: the command, the data, the machine and the versions, from what the results
-say of themselves."""
+"""What ran: the command, the data, the machine, the versions and the configuration, from
+what the results say of themselves."""
 
+import json
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from mka.memory.options import LOCAL_WINDOW
 from mka.record.config import PRESETS, BenchmarkConfig
 from mka.record.mechanisms import MECHANISMS
-from mka.record.results import Result
+from mka.record.results import Result, flat
 from mka.record.studies import STUDIES
 from mka.report.runs import Run
+from mka.report.summary import shown_name
 
 ENVIRONMENT = (
     *("commit", "mka", "python", "torch", "transformers"),
     *("processor", "cores", "threads", "device", "precision"),
 )
-"""What of the environment is named; the rest stands in the folder."""
-SAID_OTHERWISE = ("attention_type", "study", "seeds", "output_dir")
-"""Mechanisms that have a window where none is given."""
+"""What is named of the environment; the rest is in the folder."""
+NOT_LISTED = ("attention_type", "seeds", "output_dir")
+"""Shown elsewhere in the report (the rows, the seeds), or where the folder was."""
+SHOWN_OTHERWISE = ("attention_type", "study", "seeds", "output_dir")
+"""Not an option of the command shown: it is its subject, or is in every command."""
 PRESET_VALUES = ("tokenizer", "sequence_length", "batch_size", "learning_rate", "max_steps")
 
 
@@ -73,7 +77,7 @@ def words_of(run: Run, study: str | None) -> list[str]:
     if usual_kinds - set(kinds):
         words += ["--attention_type", *(kind for kind in kinds if kind in usual_kinds)]
     for name, value in config.items():
-        if name in usual and name not in SAID_OTHERWISE and plain(value) != plain(usual[name]):
+        if name in usual and name not in SHOWN_OTHERWISE and plain(value) != plain(usual[name]):
             words += option(name, value)
     of_mka = [row.config for row in run.rows if "session_stride" in row.config]
     if any("mix" not in config for config in of_mka):
@@ -115,3 +119,76 @@ def each_once(values: Iterable[Any]) -> str:
     return ", ".join(
         dict.fromkeys("not recorded" if value is None else str(value) for value in values)
     )
+
+
+def configuration(rows: Sequence[Result]) -> str:
+    """A table of settings; where mechanisms differ in one, each value with those that
+    have it."""
+    lines = [f"| {escape(name)} | {escape(value)} |\n" for name, (value,) in setting_rows([rows])]
+    return "| Setting | Value |\n| :-- | :-- |\n" + "".join(lines)
+
+
+def setting_rows(runs: Sequence[Sequence[Result]]) -> list[tuple[str, list[str]]]:
+    """The name of every setting, and what it is in each run."""
+    settings = [
+        [
+            (shown_name(row.attention_type, row.variant), flat(row.config) | counts(row))
+            for row in rows
+        ]
+        for rows in runs
+    ]
+    keys = dict.fromkeys(
+        key for run in settings for _, values in run for key in values if key not in NOT_LISTED
+    )
+    return [(key, [value_of(key, run) for run in settings]) for key in keys]
+
+
+def counts(row: Result) -> dict[str, Any]:
+    """What a run counted; steps skipped (by float16's loss scaling) only where there
+    were any."""
+    skipped = {"skipped steps": row.skipped_steps} if row.skipped_steps else {}
+    return {"tokens trained on": row.train_tokens, "tokens evaluated": row.eval_tokens, **skipped}
+
+
+def value_of(key: str, settings: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    """The value that all have, or each with those that have it; a mechanism without
+    that setting is skipped."""
+    names: dict[str, list[str]] = {}
+    pairs = list(settings)
+    having = [(name, shown(values[key])) for name, values in pairs if key in values]
+    for name, value in having:
+        names.setdefault(value, []).append(name)
+    if len(names) == 1 and len(having) == len(pairs):
+        return having[0][1]
+    return "; ".join(
+        f"{value} ({', '.join(dict.fromkeys(those))})" for value, those in names.items()
+    )
+
+
+def shown(value: Any) -> str:
+    """A setting in words: yes, no, none, lists with commas."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
+def environments(rows: Iterable[Result]) -> str:
+    """Each distinct environment, with the mechanisms that ran in it."""
+    groups: dict[str, list[Result]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps(row.environment, sort_keys=True, default=str), []).append(row)
+    texts = []
+    for group in groups.values():
+        names = dict.fromkeys(shown_name(row.attention_type, row.variant) for row in group)
+        values = "".join(
+            f"- {key}: {shown(value)}\n" for key, value in flat(group[0].environment).items()
+        )
+        texts.append(f"{', '.join(names)}:\n\n" + (values or "- not recorded\n"))
+    return "\n".join(texts)
+
+
+def escape(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -20,7 +20,7 @@ from mka.record.results import (
     read_routing,
     remarks,
 )
-from mka.report.summary import Summary, latest, summarise
+from mka.report.summary import Summary, latest, summarize
 
 SMOOTHING = 0.04
 """Half of the smoothing window, as a share of the curve."""
@@ -47,7 +47,7 @@ class Run:
     @cached_property
     def summaries(self) -> list[Summary]:
         """Mean and spread of each mechanism and variant."""
-        return summarise(self.rows)
+        return summarize(self.rows)
 
     @property
     def arms(self) -> dict[str, ArmKey]:

@@ -74,7 +74,7 @@ def latest(results: Iterable[Result]) -> list[Result]:
     )
 
 
-def summarise(results: Iterable[Result]) -> list[Summary]:
+def summarize(results: Iterable[Result]) -> list[Summary]:
     """One Summary a mechanism and variant, in the order of `latest`; of a repeated seed
     the last result counts."""
     groups: dict[str, list[Result]] = {}

@@ -12,7 +12,7 @@ from mka.report.runs import Run
 from mka.report.summary import shown_name
 
 BUSY_CORES = 0.25
-"""Cores that others keep busy, from which on times are said to be disturbed."""
+"""Cores that others keep busy, from which times are reported as disturbed."""
 LOSSES = ("train_loss", "eval_loss", "perplexity", "bits_per_byte")
 COMPARABLE = (
     "data.corpus_fingerprint",

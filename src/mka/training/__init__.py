@@ -1,18 +1,18 @@
 """One training loop for any number of ranks, with precision, checkpoints and memory
 measurement."""
 
-from mka.training.answers import (
-    answers_and_text_loss,
-    answers_loss,
-    answers_right,
-    train_on_answers,
-)
 from mka.training.checkpoint import Checkpoint, Checkpoints
 from mka.training.deepspeed_config import deepspeed_settings
 from mka.training.interruption import Interrupted
 from mka.training.loop import TrainingPlan, TrainingRun, train
 from mka.training.memory import Peak, PeakMemory, keep_freed_memory
-from mka.training.minimise import minimise
+from mka.training.minimize import (
+    answers_and_text_loss,
+    answers_loss,
+    answers_right,
+    minimize,
+    train_on_answers,
+)
 from mka.training.nonfinite import NonFiniteLoss
 from mka.training.precision import Precision, choose_precision, has_bfloat16
 from mka.training.step_memory import (
@@ -47,7 +47,7 @@ __all__ = [
     "has_bfloat16",
     "is_out_of_memory",
     "keep_freed_memory",
-    "minimise",
+    "minimize",
     "train",
     "train_on_answers",
 ]

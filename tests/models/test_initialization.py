@@ -1,4 +1,4 @@
-"""GPT-2's initialisation, whatever the mechanism, and what two mechanisms of one seed share."""
+"""GPT-2's initialization, whatever the mechanism, and what two mechanisms of one seed share."""
 
 import math
 

@@ -1,16 +1,54 @@
-"""Training on answers: the tokens to be recalled in a batch, alone or with the text
-around them."""
+"""A minimal training: one process, no checkpoints; and training on answers, the tokens to
+be recalled in a batch. Comparisons use `loop` instead."""
 
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mka.data.recall import NOT_ASKED, RecallBatch
-from mka.training.minimise import minimise
+from mka.training.nonfinite import NonFiniteLoss
+from mka.training.optimizer import (
+    MAX_GRAD_NORM,
+    build_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+)
+
+
+def minimize(
+    model: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    steps: int,
+    learning_rate: float,
+    after: Callable[[int, float], None] = lambda _step, _loss: None,
+) -> None:
+    """Train with AdamW on `loss_at(0)`, `loss_at(1)`, ... with the loop's schedule and
+    clipping.
+
+    loss_at: the loss of a step, a scalar. after: called after each step with its number
+    and loss. Raises NonFiniteLoss before a loss that is not finite reaches the weights.
+    """
+    optimizer = build_optimizer(model, learning_rate)
+    for step in range(steps):
+        set_learning_rate(optimizer, learning_rate_at(step, steps, learning_rate))
+        # In every step, because `after` may have evaluated the model.
+        model.train()
+        loss = loss_at(step)
+        # Before the backward pass: AdamW would carry a NaN into every weight for good.
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss is {loss.item()} at step {step}; use a smaller learning rate"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        after(step, loss.item())
+
 
 LOOK_EVERY = 100
 """Steps between two lines of progress."""
@@ -54,7 +92,7 @@ def train_on_answers(
     steps.
 
     look: returns what the line ends with, such as the accuracy on held-out batches.
-    Raises NonFiniteLoss as `minimise` does.
+    Raises NonFiniteLoss as `minimize` does.
     """
     begun = time.perf_counter()
 
@@ -66,13 +104,13 @@ def train_on_answers(
                 f"step {step + 1}/{steps}, {seconds:.0f} s, loss {loss:.3f}; {look()}", flush=True
             )
 
-    minimise(model, lambda step: loss_of(model, batch_at(step)), steps, learning_rate, after)
+    minimize(model, lambda step: loss_of(model, batch_at(step)), steps, learning_rate, after)
 
 
 @torch.no_grad()
 def answers_right(model: Any, batch: RecallBatch) -> float:
     """The share of the answers' tokens that the model predicts, from 0 to 1."""
-    # This leaves the model in evaluation mode; `minimise` returns it to training before
+    # This leaves the model in evaluation mode; `minimize` returns it to training before
     # each step.
     logits, due = answer_logits(model.eval(), batch)
     return (logits.argmax(-1) == due).float().mean().item()
