@@ -15,6 +15,7 @@ from mka.cli.text import GenerateConfig
 from mka.data import load_tokenizer
 from mka.models import build_model, generation, states
 from mka.models.loading import load
+from mka.record.config import GenerationOptions
 
 TEXT = "the cat sat on the mat and looked at the dog; the dog looked at the cat. " * 20
 TEMPLATE = (
@@ -136,12 +137,12 @@ def test_chat_reads_each_turn_once(
 def test_a_template_is_used_and_only_what_is_new_is_read(folder: Path) -> None:
     model, tokenizer = load(str(folder))
     tokenizer.chat_template = TEMPLATE
-    conversation = generation.Conversation(model, tokenizer, max_new_tokens=5)
+    conversation = generation.Conversation(model, tokenizer, GenerationOptions(max_new_tokens=5))
     for turn in ("the cat", "the dog", "the mat"):
         conversation.tell(turn)
         held = states(conversation.cache)[0].num_tokens.item()
         assert held == conversation.row.shape[1] - 1
-    afresh = generation.Conversation(model, tokenizer, max_new_tokens=5)
+    afresh = generation.Conversation(model, tokenizer, GenerationOptions(max_new_tokens=5))
     afresh.messages = conversation.messages[:-2]
     assert afresh.tell("the mat") == conversation.messages[-1]["content"]
 

@@ -5,7 +5,7 @@ add: text -> tokens -> through the model in pieces -> a file of chunks -> the ba
 document is in the bank as a whole or not at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,9 @@ from mka.memory.options import LongTermConfig
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from mka.memory.bank import Document
+
+Say = Callable[[str], None]
+"""What gets the lines that a command prints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class MemoryRemoveConfig(BankConfig):
     """Name or identity of the document, as `mka memory list` prints them."""
 
 
-def run_add(config: MemoryAddConfig) -> int:
+def run_add(config: MemoryAddConfig, say: Say = print) -> int:
     """Read each document that is not in the bank yet; returns 0.
 
     An older document of the same name is reported, or with `replace` removed. Raises
@@ -119,20 +122,20 @@ def run_add(config: MemoryAddConfig) -> int:
                 dropped = (
                     f"; the last {rest} tokens were dropped (incomplete chunk)" if rest else ""
                 )
-                print(f"{line(document)}{dropped}")
+                say(f"{line(document)}{dropped}")
             else:
                 known = (
                     f" as {same.name}, {same.identity}" if same.name != name else ", nothing to do"
                 )
-                print(f"{name}: already in the bank{known}")
+                say(f"{name}: already in the bank{known}")
             # Removed only now: an interruption leaves two documents rather than none.
             if config.replace:
                 for document in older[path]:
                     held.remove(document)
-                    print(f"removed the older {name}, {bank.remove(document.identity).name}")
+                    say(f"removed the older {name}, {bank.remove(document.identity).name}")
             elif others := namesakes(held, name, text):
                 which = ", ".join(document.identity for document in others)
-                print(
+                say(
                     f"{name}: another text of this name stays in the bank, {which}; to remove "
                     f"it: mka memory remove {others[0].identity} --bank {config.bank}, or add "
                     "with --replace"
@@ -164,26 +167,26 @@ def namesakes(documents: Sequence["Document"], name: str, text: str) -> list["Do
     ]
 
 
-def run_list(config: MemoryListConfig) -> int:
+def run_list(config: MemoryListConfig, say: Say = print) -> int:
     """Print one line per document, in the order in which they were added; returns 0."""
     from mka.memory.bank import Bank
 
     documents = Bank(config.bank).documents()
     for document in documents:
-        print(line(document))
+        say(line(document))
     chunks, size = sum(d.chunks for d in documents), sum(d.nbytes for d in documents)
-    print(f"{len(documents)} documents, {chunks:,} chunks, {size / 2**20:.1f} MiB")
+    say(f"{len(documents)} documents, {chunks:,} chunks, {size / 2**20:.1f} MiB")
     return 0
 
 
-def run_verify(config: MemoryVerifyConfig) -> int:
+def run_verify(config: MemoryVerifyConfig, say: Say = print) -> int:
     """Print one line per document, whole or damaged; returns 1 if one is damaged."""
     from mka.memory.bank import Bank
 
     whole = True
     for folder, details, damage in Bank(config.bank).checked():
         whole &= details is not None
-        print(
+        say(
             f"{folder.name} {details['name']}: whole"
             if details
             else f"{folder.name}: damaged, {damage}"
@@ -191,13 +194,13 @@ def run_verify(config: MemoryVerifyConfig) -> int:
     return int(not whole)
 
 
-def run_remove(config: MemoryRemoveConfig) -> int:
+def run_remove(config: MemoryRemoveConfig, say: Say = print) -> int:
     """Remove a document from the bank, and print its name; returns 0."""
     from mka.memory.bank import Bank
 
     bank = Bank(config.bank)
     with bank.writing():
-        print(f"removed {bank.remove(config.document).name}")
+        say(f"removed {bank.remove(config.document).name}")
     return 0
 
 

@@ -2,7 +2,8 @@
 text."""
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,6 @@ from mka.memory.options import (
     SESSION_DECAY,
     SESSION_SLOTS,
     SESSION_STRIDE,
-    LongTermConfig,
     LongTermPositions,
     Mix,
     SessionDecay,
@@ -26,7 +26,7 @@ from mka.memory.options import (
     check_memory,
     check_sinks,
 )
-from mka.record.config import AdaptConfig
+from mka.record.config import AdaptConfig, GenerationOptions
 from mka.record.mechanisms import CONVERTIBLE, MECHANISMS, listed
 
 
@@ -96,30 +96,20 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelChoice:
-    """A saved model, and how it continues a text."""
+class SavedModel:
+    """The model of a command."""
 
     model: str
     """Folder of a saved model, or a name on the hub; any causal model of
     transformers."""
-    max_new_tokens: int = 128
-    """Maximum number of tokens per answer."""
-    temperature: float = 0.0
-    """0: greedy. Above 0: sampling; higher is more random."""
-    seed: int = 0
-    """Random seed for sampling."""
-    bank: str | None = None
-    """Folder of a bank (mka memory add); its documents are read as if they came before
-    the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice(GenerationOptions, SavedModel):
+    """A saved model, and how it continues a text."""
+
     show_memory: bool = False
     """Print cache size and router shares."""
-    longterm: LongTermConfig = field(default_factory=LongTermConfig)
-    """Where to keep the long-term memory."""
-
-    def __post_init__(self) -> None:
-        check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}; it must be 0 or above")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,21 +204,13 @@ def conversation_of(config: ModelChoice, **streaming: Any) -> Any:
     from mka.models.loading import load
 
     model, tokenizer = load(config.model)
-    return Conversation(
-        model,
-        tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        seed=config.seed,
-        bank=config.bank,
-        longterm=config.longterm,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, **streaming),
-    )
+    streamer = TextStreamer(tokenizer, skip_prompt=True, **streaming)
+    return Conversation(model, tokenizer, config, streamer)
 
 
-def run_generate(config: GenerateConfig) -> int:
-    """Print the prompt's continuation token by token, then a line on the memory if
-    asked for.
+def run_generate(config: GenerateConfig, say: Callable[[str], None] = print) -> int:
+    """Print the prompt's continuation token by token; `say` gets a line on the memory
+    if asked for.
 
     Returns 0. Raises OSError if the prompt's file cannot be read.
     """
@@ -246,23 +228,7 @@ def run_generate(config: GenerateConfig) -> int:
         ids = conversation.tokenizer(prompt or "", add_special_tokens=False).input_ids
         conversation.go_on(ids, **chunked)
     if config.show_memory:
-        print(f"[{conversation.memory()}; {shares}]")
-    return 0
-
-
-def run_chat(config: ChatConfig) -> int:
-    """Answer each line of the input until it ends; empty lines are skipped. Returns
-    0."""
-    from mka.models.generation import watched_routers
-
-    conversation = conversation_of(config, skip_special_tokens=True)
-    while (text := next_turn()) is not None:
-        if not text.strip():
-            continue
-        with watched_routers(conversation.model) as shares:
-            conversation.tell(text)
-        if config.show_memory:
-            print(f"[{conversation.memory()}; {shares}]")
+        say(f"[{conversation.memory()}; {shares}]")
     return 0
 
 
@@ -273,3 +239,26 @@ def next_turn() -> str | None:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
+
+
+def run_chat(
+    config: ChatConfig,
+    ask: Callable[[], str | None] = next_turn,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Answer each turn until there is none; empty ones are skipped. Returns 0.
+
+    ask: returns the next turn; None: the conversation ends. say: gets a line on the
+    memory after each answer, if asked for.
+    """
+    from mka.models.generation import watched_routers
+
+    conversation = conversation_of(config, skip_special_tokens=True)
+    while (text := ask()) is not None:
+        if not text.strip():
+            continue
+        with watched_routers(conversation.model) as shares:
+            conversation.tell(text)
+        if config.show_memory:
+            say(f"[{conversation.memory()}; {shares}]")
+    return 0

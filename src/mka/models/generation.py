@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, TextStreamer
 
 from mka.attention.grouped import MemoryAttention, Watched
-from mka.errors import InputError, check_at_least
+from mka.errors import InputError
 from mka.memory.bank import Bank
-from mka.memory.options import LEVEL_WORDS, LongTermConfig
+from mka.memory.options import LEVEL_WORDS
 from mka.memory.search import Retrieved
 from mka.models.cache import memory_cache, states
 from mka.models.reading import fingerprint
 from mka.models.versions import CACHE_ARGUMENT, cache_of
+from mka.record.config import GenerationOptions
 
 
 @dataclass
@@ -73,29 +74,16 @@ def watched_routers(model: nn.Module) -> Iterator[RouterShares]:
             layer.watcher = None
 
 
-def check_sampling(max_new_tokens: int, temperature: float) -> None:
-    """Raises ValueError for a max_new_tokens below 1, and a temperature below 0 or not
-    finite."""
-    check_at_least("max_new_tokens", max_new_tokens, 1)
-    # Written so that NaN is refused too.
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature is {temperature}; it must be 0 or above")
-
-
 class Conversation:
     """A row of tokens and its cache: each turn is read on top of what was read before.
 
     Args:
         model, tokenizer: any causal language model of transformers, and its tokenizer.
-        max_new_tokens: tokens per answer, at most. Default: 128.
-        temperature: 0: greedy. Above 0: sampling; higher is more random. Default: 0.
-        seed: random seed for sampling. Default: 0.
-        bank: folder of a bank, whose documents are the far past of the row. Default:
-            None, no bank.
-        longterm: where the long-term memory is kept. Default: None, on the device.
+        options: tokens per answer, sampling, bank and where the long-term memory is
+            kept. Default: None, `GenerationOptions()`.
         streamer: receives the tokens as they are generated. Default: None, nobody does.
 
-    Raises ValueError for options out of range, for a bank of another model, and for a
+    Raises ValueError for a bank of another model, and for a
     bank or a longterm other than the default if the model retrieves nothing.
     """
 
@@ -103,27 +91,20 @@ class Conversation:
         self,
         model: Any,
         tokenizer: Any,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        seed: int = 0,
-        bank: str | None = None,
-        longterm: LongTermConfig | None = None,
+        options: GenerationOptions | None = None,
         streamer: TextStreamer | None = None,
     ) -> None:
-        check_sampling(max_new_tokens, temperature)
         self.model, self.tokenizer, self.streamer = model, tokenizer, streamer
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.longterm = longterm or LongTermConfig()
+        self.options = options = options or GenerationOptions()
         self.messages: list[dict[str, str]] = []
         self.row = torch.zeros(1, 0, dtype=torch.long)
-        self.bank = Bank(bank, fingerprint(model)) if bank is not None else None
+        self.bank = Bank(options.bank, fingerprint(model)) if options.bank is not None else None
         # Otherwise `generate` makes the cache, which is then right for any model of
         # transformers.
-        special = self.longterm.is_special or self.bank is not None
-        self.cache: Any = memory_cache(model, self.longterm, self.bank) if special else None
+        special = options.longterm.is_special or self.bank is not None
+        self.cache: Any = memory_cache(model, options.longterm, self.bank) if special else None
         # Once per conversation: seeding each turn would repeat the same draws.
-        torch.manual_seed(seed)
+        torch.manual_seed(options.seed)
 
     def tell(self, text: str) -> str:
         """Continue the conversation with `text`; returns the answer.
@@ -172,10 +153,11 @@ class Conversation:
         if not ids and not self.row.shape[1]:
             raise InputError("the prompt is empty; give a text of at least one token")
         self.row = torch.cat([self.row, torch.tensor([ids], dtype=torch.long)], dim=1)
-        drawn = {"do_sample": True, "temperature": self.temperature} if self.temperature else {}
+        heat = self.options.temperature
+        drawn = {"do_sample": True, "temperature": heat} if heat else {}
         # One row needs no padding, but transformers asks for the token anyway.
         settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.options.max_new_tokens,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.eos_token_id,
             return_dict_in_generate=True,
@@ -205,8 +187,8 @@ class Conversation:
             f"{tokens:,} tokens seen, {size / 2**20:.2f} MiB in {len(held)} layers "
             f"({size / tokens:,.0f} B/token)"
         )
-        if self.longterm.longterm_store != "device":
-            line += f", long-term memory on {self.longterm.longterm_store}"
+        if self.options.longterm.longterm_store != "device":
+            line += f", long-term memory on {self.options.longterm.longterm_store}"
         return (
             f"{line}; bank: {max(state.banked for state in held):,} chunks" if self.bank else line
         )

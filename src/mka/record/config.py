@@ -11,7 +11,7 @@ AdaptConfig        the options of `mka adapt`
 The attribute docstrings of the options classes are the help texts of their flags.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
@@ -28,6 +28,7 @@ from mka.memory.options import (
     SESSION_SLOTS,
     SESSION_STRIDE,
     TOP_K,
+    LongTermConfig,
     LongTermPositions,
     Mix,
     SessionDecay,
@@ -361,6 +362,32 @@ def window_of(kind: str, config: BenchmarkConfig) -> int | None:
     if config.local_window == "auto":
         return LOCAL_WINDOW if MECHANISMS[kind].has_memory else None
     return config.local_window
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How a saved model continues a text.
+
+    Raises InputError for a value out of range.
+    """
+
+    max_new_tokens: int = 128
+    """Maximum number of tokens per answer."""
+    temperature: float = 0.0
+    """0: greedy. Above 0: sampling; higher is more random."""
+    seed: int = 0
+    """Random seed for sampling."""
+    bank: str | None = None
+    """Folder of a bank (mka memory add); its documents are read as if they came before
+    the text."""
+    longterm: LongTermConfig = field(default_factory=LongTermConfig)
+    """Where to keep the long-term memory."""
+
+    def __post_init__(self) -> None:
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        # Written so that NaN is refused too.
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature}; it must be 0 or above")
 
 
 @dataclass(frozen=True, kw_only=True)
