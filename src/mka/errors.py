@@ -53,6 +53,19 @@ def check_whole(name: str, value: Any, least: int | None = None) -> None:
         check_at_least(name, value, least)
 
 
+def check_utf8(name: str, value: str | None) -> None:
+    """Raise InputError unless the value is None or text that UTF-8 can hold.
+
+    Bytes of an argument or a path that are not UTF-8 arrive as half surrogate pairs.
+    """
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} is not UTF-8 (character {error.start}); give UTF-8 text"
+        ) from None
+
+
 def check_heads(
     hidden_size: int, num_heads: int, num_kv_heads: int, kv_option: str = "num_kv_heads"
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mka.cli.output import complain
-from mka.errors import InputError, check_at_least, unknown_name
+from mka.errors import InputError, check_at_least, check_utf8, unknown_name
 from mka.memory.options import (
     LONGTERM_POSITIONS,
     MIX,
@@ -130,6 +130,7 @@ class GenerateConfig(ModelChoice):
         # Both or none: either way it is not clear what to continue.
         if (self.prompt is None) == (self.prompt_file is None):
             raise InputError("give one of --prompt and --prompt_file")
+        check_utf8("prompt", self.prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,12 +213,14 @@ def run_generate(config: GenerateConfig, say: Callable[[str], None] = print) -> 
     """Print the prompt's continuation token by token; `say` gets a line on the memory
     if asked for.
 
-    Returns 0. Raises OSError if the prompt's file cannot be read.
+    Returns 0. Raises InputError for a prompt's file that is not UTF-8 text.
     """
     prompt = config.prompt
     # Read before the model is loaded: a wrong path is reported at once.
     if config.prompt_file is not None:
-        prompt = Path(config.prompt_file).read_text(encoding="utf-8")
+        from mka.data.files import read_named_file
+
+        prompt = read_named_file(Path(config.prompt_file), "prompt_file")
     from mka.models.generation import watched_routers
 
     conversation = conversation_of(config)
@@ -225,18 +228,31 @@ def run_generate(config: GenerateConfig, say: Callable[[str], None] = print) -> 
     chunked = {} if size is None else {"prefill_chunk_size": size}
     # The prompt is within the watch too, because the routers work while it is read.
     with watched_routers(conversation.model) as shares:
-        ids = conversation.tokenizer(prompt or "", add_special_tokens=False).input_ids
-        conversation.go_on(ids, **chunked)
+        conversation.go_on(conversation.ids_of(prompt or "", is_first=True), **chunked)
     if config.show_memory:
         say(f"[{conversation.memory()}; {shares}]")
     return 0
 
 
 def next_turn() -> str | None:
-    """The next line of the input; None at its end."""
+    """The next line of the input; None at its end.
+
+    Raises InputError for a line that is not UTF-8; the one after it can be read. Raises
+    OSError if there is no input.
+    """
+    if sys.stdin is None:
+        raise OSError("the standard input is closed; give the turns there")
     try:
-        # A prompt sign in piped input would only clutter the output.
-        return input("> " if sys.stdin.isatty() else "")
+        if sys.stdin.isatty():
+            line = input("> ")
+            check_utf8("the turn", line)
+            return line
+        # Line by line in bytes: a decoder that fails would lose what it had read ahead.
+        source = getattr(sys.stdin, "buffer", None)
+        line = sys.stdin.readline() if source is None else source.readline().decode("utf-8-sig")
+        return line.rstrip("\r\n") if line else None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the turn is not UTF-8 (byte {error.start}); it was skipped") from error
     except EOFError:
         return None
 
@@ -246,7 +262,10 @@ def run_chat(
     ask: Callable[[], str | None] = next_turn,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Answer each turn until there is none; empty ones are skipped. Returns 0.
+    """Answer each turn until there is none; empty ones are skipped.
+
+    A turn that cannot be answered is reported on stderr, and the conversation
+    continues. Returns 0, or 2 if there were turns and none could be answered.
 
     ask: returns the next turn; None: the conversation ends. say: gets a line on the
     memory after each answer, if asked for.
@@ -254,11 +273,22 @@ def run_chat(
     from mka.models.generation import watched_routers
 
     conversation = conversation_of(config, skip_special_tokens=True)
-    while (text := ask()) is not None:
-        if not text.strip():
+    answered = failed = dropped = 0
+    while True:
+        try:
+            if (text := ask()) is None:
+                return 2 if failed and not answered else 0
+            if not text.strip():
+                continue
+            with watched_routers(conversation.model) as shares:
+                conversation.tell(text)
+        except InputError as error:
+            failed += 1
+            complain("mka chat", error, 2)
             continue
-        with watched_routers(conversation.model) as shares:
-            conversation.tell(text)
+        answered += 1
+        if (forgotten := conversation.dropped - dropped) > 0:
+            dropped = conversation.dropped
+            complain("mka chat", f"no positions left: dropped the oldest {forgotten} turn(s)", 0)
         if config.show_memory:
             say(f"[{conversation.memory()}; {shares}]")
-    return 0

@@ -18,7 +18,8 @@ def read_named_file(path: Path, option: str = "text_path") -> str:
             raise ValueError("does not exist")
         if not path.is_file():
             raise ValueError("is neither a file nor a folder")
-        return decode_text(path.read_bytes())
+        # The mark that some editors put in front is not part of the text.
+        return decode_text(path.read_bytes()).removeprefix("\ufeff")
     except OSError as error:
         raise InputError(
             f"{option} {str(path)!r} cannot be read: {error.strerror}; give UTF-8 text"

@@ -9,6 +9,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -149,6 +150,18 @@ class DiskStore(Store):
         for row in free:
             self.files[row].close()
         self.files = files
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DiskStore":
+        """A store with files of its own, as `copy.deepcopy` of a cache asks for it.
+
+        Raises InputError if the folder cannot hold the copies.
+        """
+        copied = DiskStore(self.form, 0, deepcopy(self.budget, memo), self.folder)
+        memo[id(self)] = copied
+        copied.capacity, copied.rows = self.capacity, self.rows
+        for file in self.files:
+            copied.files.append(copied._copy(file))
+        return copied
 
     def _copy(self, file: MappedFile) -> MappedFile:
         copy = MappedFile(self._open(), self.form)

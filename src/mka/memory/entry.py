@@ -1,8 +1,10 @@
 """The form of one store of a state, and how its entries lie in memory."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +70,15 @@ class Entry:
         )
 
 
+def lasting() -> AbstractContextManager[Any]:
+    """Within the block, tensors are made that can be written to in every mode later.
+
+    A tensor made under `torch.inference_mode` can only be written to there, but a cache
+    may be filled in one mode and used in another.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 def store(
     rows: int,
     places: int,
@@ -82,11 +93,11 @@ def store(
     """
     # Zeros rather than empty: places that are not written yet are read under a mask,
     # and 0 * NaN would be NaN.
-    if len(shape) < 2:
-        return torch.zeros(rows, places, *shape, dtype=dtype, device=device)
-    return torch.zeros(rows, shape[0], places, *shape[1:], dtype=dtype, device=device).transpose(
-        1, 2
-    )
+    with lasting():
+        if len(shape) < 2:
+            return torch.zeros(rows, places, *shape, dtype=dtype, device=device)
+        by_head = torch.zeros(rows, shape[0], places, *shape[1:], dtype=dtype, device=device)
+        return by_head.transpose(1, 2)
 
 
 def runs(entry: Entry, begin: int, end: int, limit: int | None) -> Iterator[tuple[int, int, int]]:

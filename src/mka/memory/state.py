@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mka.errors import InputError, check_at_least
-from mka.memory.entry import Entry, runs, store
+from mka.memory.entry import Entry, lasting, runs, store
 from mka.memory.places import Joined, LongTerm
 from mka.memory.store import RecordForm, Records, Store
 
@@ -209,7 +209,8 @@ class State:
         return self._map(lambda x: x.detach())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "State":
-        self.tensors = {name: change(x) for name, x in self.tensors.items()}
+        with lasting():
+            self.tensors = {name: change(x) for name, x in self.tensors.items()}
         return self
 
     # What mechanisms do with it.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mka.errors import InputError
+from mka.memory.entry import lasting
 
 
 class RecordForm(NamedTuple):
@@ -198,7 +199,8 @@ class MemoryStore(Store):
         shape = (self.rows, chunks, self.form.groups, self.form.block, self.form.width)
         # Pinned, if there is a GPU to fetch from it.
         pinned = torch.device(device).type == "cpu" and torch.cuda.is_available()
-        return torch.empty(shape, dtype=self.form.dtype, device=device, pin_memory=pinned)
+        with lasting():
+            return torch.empty(shape, dtype=self.form.dtype, device=device, pin_memory=pinned)
 
     def _grow(self, chunks: int) -> None:
         # An eighth ahead, so that not every chunk copies the store.
@@ -239,7 +241,8 @@ class MemoryStore(Store):
         return self.data[row, chunk, group]
 
     def _select(self, rows: Sequence[int]) -> None:
-        self.data = self.data[list(rows)]
+        with lasting():
+            self.data = self.data[list(rows)]
 
     @property
     def allocated_nbytes(self) -> int:

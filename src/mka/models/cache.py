@@ -5,7 +5,9 @@ layer keeps both, so that `crop` can tell how many tokens of a row the last colu
 held.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +17,27 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from mka.attention import CausalAttention
-from mka.errors import InputError
+from mka.errors import InputError, check_whole
 from mka.memory.bank import Bank
 from mka.memory.options import LongTermConfig
 from mka.memory.places import LongTerm
 from mka.memory.state import State, StateForm
 
 REVERSIBLE = 64
-"""How many of the latest tokens can be taken back; assisted decoding proposes fewer at
-a time."""
+"""How many of the latest tokens can be taken back, unless a draft is longer
+(mka.models.drafts)."""
+asked_for: ContextVar[int] = ContextVar("reversible", default=REVERSIBLE)
+"""The `reversible` of layers that are made without one."""
+
+
+@contextmanager
+def taking_back(reversible: int) -> Iterator[None]:
+    """Within the block, caches are made that can take back this many tokens per row."""
+    token = asked_for.set(reversible)
+    try:
+        yield
+    finally:
+        asked_for.reset(token)
 
 
 class StateLayer(CacheLayerMixin):
@@ -31,7 +45,7 @@ class StateLayer(CacheLayerMixin):
 
     Args:
         reversible: how many of its latest tokens a row can take back (`crop`). Default:
-            64.
+            None, 64, or in `generate` as many as the longest draft has.
         form: the form of its state. Default: None, what the mechanism's `initial_state`
             makes.
     """
@@ -42,9 +56,10 @@ class StateLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, reversible: int = REVERSIBLE, form: StateForm | None = None) -> None:
+    def __init__(self, reversible: int | None = None, form: StateForm | None = None) -> None:
         super().__init__()
-        self.reversible, self.form = reversible, form
+        self.reversible = asked_for.get() if reversible is None else reversible
+        self.form = form
         self.state: State | None = None
         self.calls: list[tuple[int, Tensor | None]] = []
         self.device = torch.device("cpu")
@@ -143,6 +158,15 @@ class StateLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """The largest number of columns; -1, there is no limit."""
         return -1
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether it holds only the latest tokens, as far as that is known: before the
+        first token, of a layer with a form alone."""
+        known = self.form or self.state
+        return known is not None and any(
+            entry.latest is not None for entry in known.entries.values()
+        )
 
     @property
     def batch_size(self) -> int:
@@ -302,7 +326,10 @@ def begin_call(
 
 
 def memory_cache(
-    model: nn.Module, config: LongTermConfig | None = None, bank: Bank | None = None
+    model: nn.Module,
+    config: LongTermConfig | None = None,
+    bank: Bank | None = None,
+    reversible: int | None = None,
 ) -> Cache:
     """An empty cache for a model, to be passed as `past_key_values`.
 
@@ -310,10 +337,13 @@ def memory_cache(
         model: a model with mechanisms.
         config: where the long-term memory is kept. Default: None, on the device.
         bank: its documents are the far past of every row. Default: None, no bank.
+        reversible: how many of its latest tokens a row can take back (`cache.crop`).
+            Default: None, 64, or in `generate` as many as the longest draft has.
 
-    Raises ValueError for a bank or a config other than the default if the model
-    retrieves nothing, and for a bank with a damaged document.
+    Raises ValueError for a `reversible` below 0, for a bank or a config other than the
+    default if the model retrieves nothing, and for a bank with a damaged document.
     """
+    check_whole("reversible", reversible, 0)
     everywhere = LongTerm.of(config or LongTermConfig())
     attentions = [module for module in model.modules() if isinstance(module, CausalAttention)]
     remembering = [attention.retrieves for attention in attentions]
@@ -339,7 +369,7 @@ def memory_cache(
     ]
     made = zip(attentions, places, strict=True)
     forms = [attention.initial_state(1, dtype, longterm=place).form for attention, place in made]
-    return Cache(layers=[StateLayer(form=form) for form in forms])
+    return Cache(layers=[StateLayer(reversible, form) for form in forms])
 
 
 def states(cache: Cache) -> list[State]:

@@ -59,6 +59,14 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 """transformers' names for the kinds of layers in layer_types."""
 
 
+def position_limit(model: Any) -> int | None:
+    """The positions that a model of any kind has learned; None if they are rotary, or
+    not known."""
+    config = model.config
+    family = FAMILIES.get(str(getattr(config, "model_type", "")).removeprefix(PREFIX))
+    return None if family is None or family.rotary else config.max_position_embeddings
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a configuration, converted or not.
 

@@ -42,6 +42,8 @@ from mka.errors import InputError, check_whole
 from mka.memory.local import shown_weights
 from mka.memory.options import SINK_TOKENS
 from mka.models.adapter import PADDING_MASK, AttentionAdapter
+from mka.models.cache import taking_back
+from mka.models.drafts import needed_reversible
 from mka.models.families import (
     FULL,
     PREFIX,
@@ -174,9 +176,25 @@ class MemoryModel(PreTrainedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, which also takes the cache under its name in other
-        versions."""
+        versions, and makes one that can take back the longest draft.
+
+        Raises InputError if a given cache cannot.
+        """
         generator: Any = super()
-        return generator.generate(*args, **renamed(kwargs, CACHE_ARGUMENT))
+        kwargs = renamed(kwargs, CACHE_ARGUMENT)
+        # generate(inputs, generation_config, ...): the second may be given by its place.
+        settings = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+        with taking_back(needed_reversible(self, kwargs.get(CACHE_ARGUMENT), settings)):
+            return generator.generate(*args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Raises InputError for another implementation than the mechanism's own."""
+        if attn_implementation not in (PADDING_MASK, {"": PADDING_MASK}):
+            raise InputError(
+                f"attn_implementation is {attn_implementation!r}; a model with "
+                f"{self.config.attention_type} computes attention itself and has no other "
+                "implementation: leave it as it is"
+            )
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
