@@ -14,27 +14,44 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+TEMPORARY = re.compile(r"\.(.+)\.mka-\d+")
+"""Names under which `write_atomically` writes: of the file, then of the process."""
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a UTF-8 file so that its name only ever holds the whole text.
 
-    Raises OSError if it cannot be written.
+    What is there stays what it is: a link is followed, a file keeps its permissions, a
+    device or pipe gets the text. Raises OSError if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Not `exists`: an error such as a loop of links is reported here.
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not stat.S_ISREG(mode):
+        write_into(path, text)
+        return
+    path = Path(os.path.realpath(path))
     # The process's id keeps two writers apart, and lets `sweep` recognize what a kill
     # has left.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.mka-{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
             file.write(text)
             file.flush()
             # On disk before the rename is, or a crash could leave the name with an
@@ -46,14 +63,29 @@ def write_atomically(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed calls of `write_atomically` have left in a folder.
+def write_into(path: Path, text: str) -> None:
+    """Write a text into a device or pipe. Raises OSError if that is not possible, and
+    for a pipe that nobody reads."""
+    # Without O_NONBLOCK, opening a pipe waits until somebody reads it.
+    handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    os.set_blocking(handle, True)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
 
-    No other process may be writing to the folder.
+
+def sweep(folder: Path, patterns: Iterable[str]) -> None:
+    """Remove what killed calls of `write_atomically` have left of files in a folder
+    whose relative names match these patterns; everything else stays.
+
+    No other process may be writing to these files.
     """
-    for path in folder.rglob(".*"):
-        if path.suffix[1:].isdecimal() and path.is_file():
-            path.unlink(missing_ok=True)
+    for pattern in patterns:
+        place = (folder / pattern).parent
+        for path in place.glob(".*"):
+            written = TEMPORARY.fullmatch(path.name)
+            ours = written and fnmatchcase(written[1], Path(pattern).name)
+            if ours and path.is_file() and not path.is_symlink():
+                path.unlink(missing_ok=True)
 
 
 def json_text(value: Mapping[str, Any]) -> str:
@@ -171,6 +203,10 @@ def build(temporary: Path, fill: Callable[[Path], Mapping[str, Any]]) -> None:
     temporary.mkdir()
     details = fill(temporary)
     paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+    # Libraries that write weights make them readable for the owner alone.
+    mode = usual_mode(temporary)
+    for path in paths:
+        path.chmod(mode)
     # In threads, because the disk and the checksums can work at the same time.
     with ThreadPoolExecutor() as pool:
         synced = pool.map(sync_file, paths)
@@ -184,6 +220,17 @@ def build(temporary: Path, fill: Callable[[Path], Mapping[str, Any]]) -> None:
     write_atomically(
         temporary / MANIFEST, manifest_text({"details": dict(details), "files": files})
     )
+
+
+def usual_mode(folder: Path) -> int:
+    """The permissions that a new file in a folder gets."""
+    # Created for this alone: the umask could only be read by changing it.
+    probe = folder / f".mode.mka-{os.getpid()}"
+    try:
+        probe.touch(exist_ok=False)
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:

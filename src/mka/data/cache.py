@@ -13,9 +13,18 @@ ADVICE = "free space there, or set XDG_CACHE_HOME to another folder"
 
 
 def default_cache_dir() -> Path:
-    """The folder of the cache: $XDG_CACHE_HOME/mka, or ~/.cache/mka."""
+    """The folder of the cache: $XDG_CACHE_HOME/mka, or ~/.cache/mka. Raises InputError
+    without either."""
     # An empty variable counts as none, as the XDG specification asks.
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mka"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "mka"
+    try:
+        return Path.home() / ".cache" / "mka"
+    except RuntimeError:
+        # As in a container that runs under a number without a name.
+        raise InputError(
+            "there is no home folder for the token cache; set XDG_CACHE_HOME to a folder"
+        ) from None
 
 
 def read_entry(folder: Path) -> dict[str, Any] | None:

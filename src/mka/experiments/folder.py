@@ -11,7 +11,7 @@ from typing import Any
 
 from mka.errors import InputError
 from mka.record.config import PRESETS, ResolvedConfig
-from mka.record.folders import note_everything, read_noted, write_noted
+from mka.record.folders import WRITTEN, note_everything, read_noted, write_noted
 from mka.record.results import RunFolder, flat, read_results, remarks
 from mka.storage import json_text, sweep, write_json
 
@@ -106,7 +106,7 @@ def open_folder(
         print(f"warning: {folder}: {remark}", file=sys.stderr)
     finished = read_results(folder) if RunFolder(folder).results.is_file() else []
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    sweep(folder, WRITTEN)
     # config.json comes first: without it, a folder in which a kill left only a manifest
     # would not be recognized as a run's.
     if not (RunFolder(folder).config).is_file():

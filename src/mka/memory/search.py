@@ -139,6 +139,11 @@ class Limits(NamedTuple):
         own = max(0, self.reach(context) - self.banked - self.hidden)
         return own + self.banked if self.top_k else 0
 
+    def cut(self, chunks: int) -> "Limits":
+        """The same, with no more per query than there are chunks: a K beyond that would
+        only take memory."""
+        return self._replace(top_k=min(self.top_k, chunks))
+
     def hide(self, scores: Tensor, end: Tensor, sure: int = 0) -> None:
         """Set scores (..., J) of chunks that are not candidates to -inf, in place.
 
@@ -173,6 +178,7 @@ def retrieve(
         t: (B or 1, T), the token index of each query. Default: None, 0, 1, ...
     """
     tokens, tiles = queries.shape[1], []
+    limits = limits.cut(summaries.shape[1])
     end = limits.end(torch.arange(tokens, device=queries.device)[None] if t is None else t)
     with no_autocast(queries):
         queries = upcast(queries).transpose(1, 2)
@@ -209,6 +215,7 @@ def retrieve_as_read(
         by_place: list the earlier chunk first, not the better one. Default: False.
     """
     q, (chunks, groups) = near.queries, near.keys.shape[1:3]
+    limits = limits.cut(chunks)
     batch, tokens, heads, width = q.shape
     end = limits.end(torch.arange(tokens, device=q.device)[None] if t is None else t)
     tiles = []
@@ -250,8 +257,9 @@ def best_by_keys(proposed: Retrieved, sums: Tensor, window: Tensor, top_k: int) 
         sums: (B, T, G, N, R), the log-sum-exp of each head's scores in them; -inf where
             nothing was found.
         window: (B, T, H), the log-sum-exp of all else that a head reads.
-        top_k: K.
+        top_k: K; with fewer proposed chunks, all of them are kept.
     """
+    top_k = min(top_k, proposed.chunk.shape[3])
     # The share of each chunk in the head's softmax over window and proposed chunks, in
     # logarithms; then the logarithm of the sum over heads, which ranks as the sum does
     # but cannot underflow.

@@ -29,6 +29,8 @@ NOTED = ("config.json", "environment.json", "costs.jsonl", "curves/*.jsonl", "ro
 """The files that the manifest of a run's folder covers. results.jsonl only grows and
 its lines carry their own checksums, so of it the manifest holds just the names of the
 results."""
+WRITTEN = (*NOTED, MANIFEST, "table.md", "figures/*.svg")
+"""The files in a run's folder that are written under another name first."""
 LOCK = ".lock"
 WHOLE, ALTERED, MISSING = "whole", "altered", "missing"
 

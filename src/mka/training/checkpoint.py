@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mka.errors import InputError
-from mka.storage import check_folder, remove, sync_folder, write_folder, write_json
+from mka.storage import check_folder, remove, sync_file, sync_folder, write_folder, write_json
 
 NAME = "step-{:08d}"
 FORMAT = {"format": "pt"}
@@ -138,8 +138,14 @@ class Checkpoints:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
         temporary.unlink(missing_ok=True)
+        weights = self.folder / NAME.format(step) / "model.safetensors"
         # A hard link instead of a copy: the checkpoint is about to be removed anyway.
-        os.link(self.folder / NAME.format(step) / "model.safetensors", temporary)
+        # Many network and removable disks have none.
+        try:
+            os.link(weights, temporary)
+        except OSError:
+            shutil.copyfile(weights, temporary)
+            sync_file(temporary)
         os.replace(temporary, path)
         # The rename does nothing if both names were already the same file.
         temporary.unlink(missing_ok=True)
