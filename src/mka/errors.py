@@ -35,9 +35,15 @@ def nearest(value: str, names: Iterable[str]) -> str:
     return max(names, key=likeness)
 
 
+MOST = 2**63 - 1
+"""The largest whole number that any option takes: what 64 bits hold."""
+
+
 def check_at_least(name: str, value: float | None, least: float) -> None:
-    """Raise InputError, naming the option, if its value is below `least`; None is
-    allowed."""
+    """Raise InputError, naming the option, if its value is below `least`, or a whole
+    number beyond 64 bits; None is allowed."""
+    if isinstance(value, int) and value > MOST:
+        raise InputError(f"{name} is {value}; it must be at most 2**63 - 1")
     # Not "value < least": a comparison with NaN is always False.
     if value is not None and not value >= least:
         raise InputError(f"{name} is {value}; it must be at least {least}")

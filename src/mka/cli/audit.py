@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from mka.cli.output import JsonLines
+from mka.cli.output import JsonLines, check_output
 from mka.errors import check_at_least
 
 if TYPE_CHECKING:  # torch takes seconds to load
@@ -73,6 +73,7 @@ class AuditOriginalConfig:
         check_at_least("max_steps", self.max_steps, 1)
         check_at_least("sequence_length", self.sequence_length, 2)
         check_at_least("seed", self.seed, 0)
+        check_output("output", self.output)
 
 
 def run_module(config: AuditModuleConfig) -> int:

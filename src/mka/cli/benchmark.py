@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from mka.cli.output import GO_ON, complain, is_first_rank
+from mka.cli.output import GO_ON, check_output, complain, is_first_rank
 from mka.errors import InputError
 from mka.record.config import BenchmarkConfig
 
@@ -44,6 +44,10 @@ class ReportConfig:
                 f"{len(self.folders)} folders are given without a page; add --html FILE or "
                 "--markdown FILE"
             )
+        check_output("html", self.html)
+        check_output("markdown", self.markdown)
+        if self.html is not None and self.html == self.markdown:
+            raise InputError(f"html and markdown are both {self.html!r}; give two names")
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,14 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from mka.cli.output import GO_ON, complain
-from mka.errors import InputError, unknown_name
+from mka.errors import MOST, InputError, unknown_name
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PREFIX = re.compile(r"^Error parsing \w+: ")
 """The beginning of tyro's messages, which names our options class; users do not know
 it."""
+LONGEST_PATH, LONGEST_PART = 4095, 255
+"""Bytes of a path, and of each of its parts, as on Linux and macOS."""
 OPTIONS = (
     tyro.conf.FlagCreatePairsOff,
     tyro.conf.OmitArgPrefixes,
@@ -266,14 +268,46 @@ def parsed(form: Any, program: str, arguments: Sequence[str]) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            config = tyro.cli(
                 form, prog=program, args=arguments, use_underscores=True, config=OPTIONS
             )
+        check_values(config)
+        return config
     except SystemExit as stop:
         # Status 0 is --help, which has printed what was asked for.
         if stop.code == 0:
             raise
         raise InputError(one_line(complaint.getvalue(), form)) from None
+
+
+def check_values(config: Any) -> None:
+    """Raise InputError, naming the option, for a number beyond 64 bits, and for text
+    that is empty or longer than any name."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            check_values(value)
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, int) and abs(one) > MOST:
+                raise InputError(f"{field.name} is {one}; it must be within 64 bits")
+            # A prompt is a text; all other options are names, paths or settings.
+            if isinstance(one, str) and field.name != "prompt":
+                check_name(field.name, one)
+
+
+def check_name(option: str, value: str) -> None:
+    """Raise InputError for a name or path that is empty, or longer than systems
+    allow."""
+    if not value.strip():
+        raise InputError(f"{option} is {value!r}; give a value, or leave --{option} out")
+    size = len(os.fsencode(value))
+    longest = max(len(os.fsencode(part)) for part in value.split("/"))
+    if size > LONGEST_PATH or longest > LONGEST_PART:
+        raise InputError(
+            f"{option} is {value[:20]!r}... of {size:,} bytes; allowed: {LONGEST_PATH:,} bytes, and "
+            f"{LONGEST_PART} between two slashes"
+        )
 
 
 def one_line(box: str, form: Any) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mka.cli.output import JsonLines
+from mka.cli.output import JsonLines, check_output
 from mka.errors import InputError, check_at_least, unknown_name
 from mka.memory.options import LEVELS, LongTermConfig
 from mka.storage import write_atomically
@@ -39,6 +39,7 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         check_at_least("samples", self.samples, 1)
         check_at_least("seed", self.seed, 0)
+        check_output("output", self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,7 @@ class RulerConfig:
 
     def __post_init__(self) -> None:
         check_at_least("samples", self.samples, 1)
+        check_output("output", self.output)
         if not self.tasks or not self.lengths:
             raise InputError("tasks or lengths is empty; give one or more")
         for task in self.tasks:
@@ -165,6 +167,10 @@ class TextConfig:
     output: str | None = None
     """Also write all results to this file, as one JSON object."""
 
+    def __post_init__(self) -> None:
+        check_at_least("batch_size", self.batch_size, 1)
+        check_output("output", self.output)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityConfig(TextConfig):
@@ -187,7 +193,8 @@ class PerplexityConfig(TextConfig):
     the hub."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "stride", "max_tokens", "batch_size"):
+        super().__post_init__()
+        for name in ("max_length", "stride", "max_tokens"):
             check_at_least(name, getattr(self, name), 1)
 
 
@@ -205,9 +212,9 @@ class RouterConfig(TextConfig):
     """Number of rows, taken from the beginning of the split."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least("length", self.length, 2)
         check_at_least("rows", self.rows, 1)
-        check_at_least("batch_size", self.batch_size, 1)
 
 
 def chosen_documents(config: TextConfig) -> list[str]:

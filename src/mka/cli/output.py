@@ -2,10 +2,17 @@
 
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
 
+from mka.errors import InputError
+
+MARKS = ("config.json", "bank.json", "manifest.json")
+"""Files that tell a folder of ours; the last one lists the others."""
+LONGEST_LINE = 300
+"""Characters of an error message, the program's name included."""
 GO_ON = "run the same command again to resume; finished results are kept"
 
 
@@ -26,6 +33,55 @@ class JsonLines:
             write_atomically(Path(self.path), "\n".join(self.lines) + "\n")
 
 
+OURS = (
+    *("config.json", "environment.json", "results.jsonl", "costs.jsonl", "manifest.json"),
+    *("table.md", "model.safetensors", "generation_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "bank.json"),
+)
+"""Names of files in a run's folder, a saved model or a bank, which nothing else may
+take."""
+
+
+def check_output(name: str, value: str | None) -> None:
+    """Raise InputError, naming the option, unless a file can be written there; None is
+    allowed."""
+    if value is None:
+        return
+    if not value:
+        raise InputError(f"{name} is empty; give the name of a file")
+    path = Path(value)
+    try:
+        mode = path.stat().st_mode if os.path.lexists(path) and path.exists() else None
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+    except OSError as error:
+        raise InputError(f"{name} is {value!r}; it cannot be written: {error.strerror}") from None
+    if mode is not None and stat.S_ISDIR(mode):
+        raise InputError(f"{name} is {value!r}; it is a folder; give the name of a file")
+    if mode is None and not (above.is_dir() and os.access(above, os.W_OK)):
+        raise InputError(f"{name} is {value!r}; nothing can be written to {str(above)!r}")
+    if mode is not None and is_ours(Path(os.path.realpath(path))):
+        raise InputError(
+            f"{name} is {value!r}; it is a file of a run, a saved model or a bank; give another "
+            "name"
+        )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether an existing file is a part of a run's folder, a saved model or a bank."""
+    folders = path.parents[:3]
+    if path.name in OURS and any((path.parent / name).is_file() for name in MARKS):
+        return True
+    from mka.record.folders import manifest_of
+
+    for folder in folders:
+        if (folder / MARKS[-1]).is_file():
+            content = manifest_of(folder)
+            noted = {} if content is None else content["files"] | content.get("pending", {})
+            if path.relative_to(folder).as_posix() in noted:
+                return True
+    return False
+
+
 def is_first_rank(name: str = "RANK") -> bool:
     """Whether this process is the one that prints.
 
@@ -40,6 +96,16 @@ def complain(program: str, error: object, status: int) -> int:
     # error.
     if is_first_rank("LOCAL_RANK"):
         # An error's text may hold line breaks, which would break the promise of one
-        # line.
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        # line, and what would command a terminal.
+        line = printable(f"{program}: {' '.join(str(error).split())}")
+        if len(line) > LONGEST_LINE:
+            # The beginning names the option, the end says what is allowed.
+            kept = (LONGEST_LINE - 5) // 2
+            line = f"{line[:kept]} ... {line[-kept:]}"
+        print(line, file=sys.stderr)
     return status
+
+
+def printable(text: str) -> str:
+    """The text with control characters, direction marks and the like as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

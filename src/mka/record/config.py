@@ -286,6 +286,7 @@ class ResolvedConfig(BenchmarkConfig):
             raise InputError("--fp16 and --bf16 are both given; choose one")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise InputError(f"seeds is {list(self.seeds)}; give distinct non-negative integers")
+        check_at_least("seeds", max(self.seeds), 0)
         for name in (
             "sequence_length",
             "batch_size",
@@ -364,6 +365,10 @@ def window_of(kind: str, config: BenchmarkConfig) -> int | None:
     return config.local_window
 
 
+LEAST_TEMPERATURE = 0.001
+"""The smallest temperature above 0."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """How a saved model continues a text.
@@ -385,9 +390,13 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        # Written so that NaN is refused too.
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}; it must be 0 or above")
+        check_at_least("seed", self.seed, 0)
+        # Written so that NaN is refused too. Logits divided by less would overflow.
+        heat = self.temperature
+        if heat != 0 and not LEAST_TEMPERATURE <= heat < float("inf"):
+            raise InputError(
+                f"temperature is {heat}; it must be 0, or at least {LEAST_TEMPERATURE}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
