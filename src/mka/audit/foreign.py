@@ -208,8 +208,9 @@ def build_foreign(
         module = make(**chosen)
     # Foreign code can fail in any way.
     except Exception as error:
+        given = f"with {chosen}" if chosen else "without arguments"
         raise InputError(
-            f"{target} cannot be built with {chosen}: {type(error).__name__}: {error}; give "
+            f"{target} cannot be built {given}: {type(error).__name__}: {error}; give "
             "what it needs by --options NAME=VALUE"
         ) from error
     if not isinstance(module, nn.Module):

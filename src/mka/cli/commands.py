@@ -30,6 +30,18 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PREFIX = re.compile(r"^Error parsing \w+: ")
 """The beginning of tyro's messages, which names our options class; users do not know
 it."""
+CHOICE = re.compile(r"invalid choice (.*) for argument '--(\w+)'\. Expected one of \((.*)\)\.?")
+NO_VALUE = re.compile(r"Missing value for argument '(--\w+)'")
+MATCHING = re.compile(r" matching (.*) could be instantiated")
+NOT_READ = re.compile(r"Error parsing --(\w+): (.*)", re.DOTALL)
+"""The beginnings of tyro's messages on values."""
+KINDS = {
+    "{None}": "None",
+    "INT": "a whole number",
+    "FLOAT": "a number",
+    "{[INT [INT ...]]}": "whole numbers",
+}
+"""How tyro's names of kinds are said."""
 LONGEST_PATH, LONGEST_PART = 4095, 255
 """Bytes of a path, and of each of its parts, as on Linux and macOS."""
 OPTIONS = (
@@ -95,7 +107,7 @@ COMMANDS = {
         "text", "GenerateConfig", "run_generate", "Continue a text with a saved model."
     ),
     "chat": Command(
-        "text", "ChatConfig", "run_chat", "Chat with a saved model, which reads each turn once."
+        "text", "ChatConfig", "run_chat", "Chat with a saved model; each turn is read only once."
     ),
     "memory add": Command(
         "memory",
@@ -125,7 +137,7 @@ COMMANDS = {
         "evaluate",
         "RouterConfig",
         "run_router",
-        "Show what the router of mka or fmka does, and what each level is worth.",
+        "Show what the router of mka or fmka does, and how much each memory level contributes.",
     ),
     "eval needle": Command(
         "evaluate", "NeedleConfig", "run_needle", "Ask for a number stated once in a long text."
@@ -305,8 +317,8 @@ def check_name(option: str, value: str) -> None:
     longest = max(len(os.fsencode(part)) for part in value.split("/"))
     if size > LONGEST_PATH or longest > LONGEST_PART:
         raise InputError(
-            f"{option} is {value[:20]!r}... of {size:,} bytes; allowed: {LONGEST_PATH:,} bytes, and "
-            f"{LONGEST_PART} between two slashes"
+            f"{option} is {value[:20]!r}... of {size:,} bytes; allowed: {LONGEST_PATH:,} bytes, "
+            f"and {LONGEST_PART} between two slashes"
         )
 
 
@@ -330,7 +342,35 @@ def one_line(box: str, form: Any) -> str:
         # compete.
         alike = [flag for flag in known if flag.startswith(flags[0][:4])] or known
         message += f"; nearest: {difflib.get_close_matches(flags[0], alike, n=1, cutoff=0.0)[0]}"
-    return f"{message} (--help lists all options)"
+    return f"{reworded(message, form)} (--help lists all options)"
+
+
+def reworded(message: str, form: Any) -> str:
+    """tyro's message on a value, as option, value and what is allowed; any other
+    message as it is."""
+    if found := CHOICE.fullmatch(message):
+        value, option, allowed = found.groups()
+        names = allowed.replace("'", "")
+        return f"{option} is {value}; allowed: {names}"
+    if found := NO_VALUE.match(message):
+        return f"{found[1]} needs a value"
+    found = NOT_READ.match(message)
+    values = re.findall(r"'(?:[^'\\]|\\.)*'", found[2]) if found else []
+    if not found or not values:
+        return message
+    option, problem = found.groups()
+    words = ["whole numbers" if is_of_whole_numbers(form, option) else "numbers"]
+    if kinds := MATCHING.search(problem):
+        words = [KINDS.get(kind, kind.strip("{}")) for kind in kinds[1].split("|")]
+    elif "for int()" in problem or "to float" in problem:
+        words = ["a whole number" if "for int()" in problem else "a number"]
+    allowed = " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f"{option} is {' '.join(values)}; it must be {allowed}"
+
+
+def is_of_whole_numbers(form: Any, option: str) -> bool:
+    """Whether an option takes several whole numbers, and no others."""
+    return any(field.name == option and "int" in str(field.type) for field in fields(form))
 
 
 def names_of_flags(config: Any) -> Iterator[str]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # torch takes seconds to load
     from mka.evaluation import LayerRouting, Perplexity, Score
     from mka.record.intervals import Estimate
 
+ROW_TOKENS = 512
+"""Tokens per row of `mka eval router`, where the model has positions for them."""
 SHOWN_IN_FULL = 1e6
 """Numbers from here on are printed with an exponent."""
 
@@ -163,7 +165,7 @@ class TextConfig:
     split: Literal["test", "validation", "train"] = "test"
     """Split of the text: test, validation or train."""
     batch_size: int = 4
-    """Number of windows or rows to read at once."""
+    """Windows (or rows) per batch."""
     output: str | None = None
     """Also write all results to this file, as one JSON object."""
 
@@ -183,11 +185,10 @@ class PerplexityConfig(TextConfig):
     max_length: int | None = None
     """Tokens per window; None: as many as the model was made for."""
     stride: int | None = None
-    """Tokens that each window after the first predicts; None: all of them (disjoint
-    windows)."""
+    """Tokens scored per window after the first; None: all of them (disjoint windows)."""
     max_tokens: int | None = 65536
-    """Stop taking documents once this many tokens are scored; None: score all
-    documents."""
+    """Stop taking documents once this many tokens are scored (the last one is finished);
+    None: score all documents."""
     baseline: str | None = None
     """Another model to compare with on the same documents: its folder, or its name on
     the hub."""
@@ -200,14 +201,14 @@ class PerplexityConfig(TextConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig(TextConfig):
-    """Show what the router of mka or fmka does, and what each level is worth.
+    """Show what the router of mka or fmka does, and how much each memory level contributes.
 
     The tables hold shares, entropy, distances, time constants, and the loss without
     each level.
     """
 
-    length: int = 512
-    """Tokens per row."""
+    length: int | None = None
+    """Tokens per row; None: 512, or as many as the model has positions."""
     rows: int = 16
     """Number of rows, taken from the beginning of the split."""
 
@@ -336,17 +337,19 @@ def run_router(config: RouterConfig) -> int:
     from mka.evaluation import knock_outs, layer_routings, text_rows
     from mka.evaluation.router import layers_with_memories
     from mka.evaluation.text import edges
+    from mka.models.families import position_limit
     from mka.models.loading import load
     from mka.record.intervals import verdict
 
     documents = chosen_documents(config)
     model, tokenizer = load(config.model)
     layers_with_memories(model)  # a model without any is refused before the text is read
-    rows = text_rows(documents, tokenizer, config.rows, config.length)
+    length = config.length or min(ROW_TOKENS, position_limit(model) or ROW_TOKENS)
+    rows = text_rows(documents, tokenizer, config.rows, length)
     # A row's last token is only predicted, for the losses below; the router never reads
     # it.
     routings = layer_routings(model, rows[:, :-1], config.batch_size)
-    print(f"{len(rows)} rows of {config.length:,} tokens of {config.dataset}, {config.split} split")
+    print(f"{len(rows)} rows of {length:,} tokens of {config.dataset}, {config.split} split")
     print(
         f"{'layer':<10} {'L1':>6} {'L2':>6} {'L3':>6} {'entropy':>9}   tokens back (median, 90 "
         "%)   time constants"
@@ -356,7 +359,7 @@ def run_router(config: RouterConfig) -> int:
     print(f"{'positions':<10} {'L1':>6} {'L2':>6} {'L3':>6}   mean of the layers")
     # One mean over layers per range of positions: the far past only exists later in a
     # row.
-    for begin, end in edges(config.length):
+    for begin, end in edges(length):
         here = [routing.by_position[begin] for routing in routings]
         means = [sum(shares) / len(here) for shares in zip(*here, strict=True)]
         print(f"{f'{begin}-{end - 1}':<10} {levels(means)}")

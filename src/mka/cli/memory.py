@@ -97,7 +97,13 @@ def run_add(config: MemoryAddConfig, say: Say = print) -> int:
     model, tokenizer = load(config.model)
     # Fails for a model that retrieves nothing, before a bank is made that could hold
     # nothing.
-    memory_cache(model, LongTermConfig(longterm_store="host"))
+    try:
+        memory_cache(model, LongTermConfig(longterm_store="host"))
+    except InputError as error:
+        raise InputError(
+            f"model is {config.model!r}; it retrieves nothing; a bank needs a model of mka or fmka "
+            "with top_k above 0"
+        ) from error
     bank = Bank.create(config.bank, fingerprint(model))
     with bank.writing():
         # Listed first, so that damage is reported before minutes of reading.

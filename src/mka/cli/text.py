@@ -34,7 +34,7 @@ from mka.record.mechanisms import CONVERTIBLE, MECHANISMS, listed
 class ConvertConfig:
     """Convert a pretrained model to another attention mechanism, and save it.
 
-    With mka, the default, it can read on beyond its window.
+    With mka (the default), the model can read past its window.
     """
 
     model: str
@@ -52,7 +52,7 @@ class ConvertConfig:
     local_window: int | None = 256
     """Tokens in the window of each token, itself included; None: the whole past."""
     sink_tokens: int | None = None
-    """First tokens of a row that every later token sees too; None: 4, or fewer if the
+    """Number of initial tokens that every later token can see; None: 4, or fewer if the
     window is small."""
     mix: Mix = MIX
     """How mka combines its three levels: joint (one softmax over all) or routed (one
@@ -72,7 +72,7 @@ class ConvertConfig:
     session_slots: int | None = SESSION_SLOTS
     """mka: number of latest session slots to attend to; None: all of them."""
     memory_layers: Literal["all"] | int | tuple[int, ...] = "all"
-    """Layers that get mka or fmka: all, a number n for every n-th layer, or a list of
+    """Layers that get mka or fmka: all, n for every n-th layer, or a list of
     layer numbers from 0; the other layers have the window and the sinks only."""
 
     def __post_init__(self) -> None:

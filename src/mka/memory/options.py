@@ -121,8 +121,8 @@ class LongTermConfig:
     """Where mka and fmka keep the chunks that they retrieve: on the device, in host
     memory, or in a memory-mapped file."""
     longterm_folder: str | None = None
-    """Directory for the file (unlinked at once, so it disappears with the process);
-    default: the system's temporary directory."""
+    """Directory for the file (its name is removed at once, and its space is freed when
+    the process ends); default: the system's temporary directory."""
     longterm_gib: float | None = None
     """Limit on host memory or file size, in GiB, for all layers together; default: no
     limit."""

@@ -98,7 +98,10 @@ def is_here(name: str) -> bool:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"model is {name!r}; a folder without config.json is not a saved model")
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"model is {name!r}; it is a file; give the folder of a saved model")
+        raise InputError(
+            f"model is {name!r}; it is a file; give the folder of a saved model (mka convert also "
+            "takes a .gguf file)"
+        )
     if not folder.is_dir() and not hub_is_reachable():
         raise InputError(f"model is {name!r}; {NOT_REACHED}; give the folder of a saved model")
     check_saved(folder)

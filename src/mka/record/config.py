@@ -111,7 +111,7 @@ class BenchmarkConfig:
 
     attention_type: Annotated[tuple[str, ...], Doc(ATTENTION_TYPE_HELP)] = ()
     study: str | None = None
-    """A named set of trainings: small (shown in the README), routing, or an ablation of
+    """A named set of trainings: small (see docs/results.md), routing, or an ablation of
     mka and fmka (decay, levels, window, chunk, top_k, router). It sets steps, seeds and
     match where they are not given."""
     preset: str = "quick"
@@ -130,7 +130,8 @@ class BenchmarkConfig:
     batch_size: int | None = None
     """Sequences per forward pass on each rank; default: the preset's."""
     epochs: int | None = None
-    """Passes over the train split; together with --max_steps, whichever ends first."""
+    """Passes over the train split; if --max_steps is also given, a training ends at
+    whichever comes first."""
     max_steps: int | None = None
     """Optimizer steps per training; default: the study's or the preset's, unless
     --epochs is given."""
@@ -153,7 +154,7 @@ class BenchmarkConfig:
     """Tokens in the window of each token, itself included, in every mechanism; None:
     the whole past. auto: 128 for mka and fmka, and no window for the others."""
     sink_tokens: int | None = None
-    """First tokens of a row that every later token sees too; None: 4, or fewer if the
+    """Number of initial tokens that every later token can see; None: 4, or fewer if the
     window is small."""
     mix: Mix = MIX
     """How mka combines its three levels: joint (one softmax over all) or routed (one
@@ -166,7 +167,7 @@ class BenchmarkConfig:
     top_k: int = TOP_K
     """Long-term chunks retrieved per token; 0: no long-term level."""
     memory_layers: Literal["all"] | int | tuple[int, ...] = "all"
-    """Layers that are mka or fmka: all, a number n for every n-th layer, or a list of
+    """Layers that are mka or fmka: all, n for every n-th layer, or a list of
     layer numbers from 0; the other layers have the window and the sinks only."""
     session_decay: SessionDecay = SESSION_DECAY
     """Decay of the session average: learned, or a number between 0 and 1; None: no
@@ -198,7 +199,8 @@ class BenchmarkConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     resume: bool = False
-    """Resume the run in --output_dir; fail if there is none."""
+    """Require a run to resume in --output_dir (a run that is there is resumed in any
+    case)."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send the curves to a tracker: tensorboard, wandb or trackio."""
     ddp_timeout: int = 1800
@@ -377,7 +379,7 @@ class GenerationOptions:
     """
 
     max_new_tokens: int = 128
-    """Maximum number of tokens per answer."""
+    """Maximum number of tokens to generate, per answer."""
     temperature: float = 0.0
     """0: greedy. Above 0: sampling; higher is more random."""
     seed: int = 0
@@ -429,7 +431,7 @@ class AdaptConfig:
     """Number of optimizer steps."""
     learning_rate: float = 5e-4
     """Peak learning rate of weight matrices; biases, gates and decays of the memories
-    have ten times as much."""
+    use ten times this rate."""
     seed: int = 0
     """Random seed for the order of rows and for LoRA's initial factors."""
     save_steps: int = 20

@@ -334,7 +334,8 @@ def raw_lines(folder: Path) -> list[bytes]:
     exist."""
     path = RunFolder(folder).results
     if not path.is_file():
-        raise InputError(f"{folder} holds no results.jsonl; give the folder of a `mka bench` run")
+        what = "holds no results.jsonl" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {what}; give the folder of a `mka bench` run")
     return path.read_bytes().split(b"\n")
 
 

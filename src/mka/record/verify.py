@@ -31,9 +31,10 @@ def verify(folder: Path) -> list[tuple[str, str]]:
     """
     found = list(all_states(folder))
     if not any(state in (WHOLE, *BAD, NO_CHECKSUM) for _, state in found):
+        what = f"holds neither results.jsonl nor {MANIFEST}"
+        what = what if folder.exists() else "does not exist"
         raise InputError(
-            f"{folder} holds neither results.jsonl nor {MANIFEST}; give the folder of a "
-            "`mka bench` run or of a saved model"
+            f"{folder} {what}; give the folder of a `mka bench` run or of a saved model"
         )
     return found
 
