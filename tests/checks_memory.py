@@ -61,6 +61,14 @@ def brute_force_as_read(
     return Retrieved(chunk, found)
 
 
+def assert_same_choice(fast: Retrieved, slow: Retrieved) -> None:
+    """Equal; `slow` has K columns, `fast` no more than there are chunks."""
+    count = fast.chunk.shape[3]
+    assert not slow.found[..., count:].any()
+    assert torch.equal(fast.found, slow.found[..., :count])
+    assert torch.equal(fast.chunk, slow.chunk[..., :count])
+
+
 def brute_force(
     queries: Tensor,
     summaries: Tensor,

@@ -186,7 +186,7 @@ def test_bad_input_is_one_line(
             "x",
             "--temperature",
             "-1",
-        ): "temperature is -1.0; it must be 0 or above",
+        ): "temperature is -1.0; it must be 0, or at least 0.001",
         ("--model", folder, "--prompt", "x", "--temprature", "1"): "nearest: --temperature",
         (
             "--model",

@@ -124,7 +124,7 @@ BAD = {
     "module nothing --hidden_size 8": "module is 'nothing'; give package.module:Class",
     "module no.such:Thing --hidden_size 8": "no.such cannot be imported",
     "module torch.nn:Nothing --hidden_size 8": "torch.nn has no class or function 'Nothing'",
-    "module torch.nn:Linear --hidden_size 8": "cannot be built with {}: TypeError",
+    "module torch.nn:Linear --hidden_size 8": "cannot be built without arguments: TypeError",
     "module torch.nn:Identity --hidden_size 8 --num_heads 2": (
         "num_heads is 2; torch.nn:Identity takes none of"
     ),

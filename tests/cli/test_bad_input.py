@@ -76,19 +76,17 @@ WORDS = {
     "--window 3": "nearest: --local_window",
     "-x": "Unrecognized options: -x",
     "--fp16 yes": "Unrecognized options: yes",
-    "--batch_size x": "Error parsing --batch_size: .*INT.*'x'",
-    "--batch_size 1.5": "Error parsing --batch_size: .*INT.*'1.5'",
-    "--learning_rate fast": "Error parsing --learning_rate: .*FLOAT.*'fast'",
-    "--session_decay lerned": "Error parsing --session_decay: .*{learned}.*'lerned'",
-    "--seeds a": r"Error parsing --seeds: .*\['a'\]",
-    "--match params": (
-        r"choice 'params' for .*'--match'. .* \('auto', 'none', 'parameters', "
-        r"'flops', 'cache'\)"
-    ),
-    "--mix jont": r"choice 'jont' for .*'--mix'. .* \('joint', 'routed'\)",
-    "--longterm_positions tru": r"choice 'tru' for .* \('true', 'clamped', 'none'\)",
-    "--learning_rate": "Missing value for argument '--learning_rate'",
-    "--output_dir": "Missing value for argument '--output_dir'",
+    "--batch_size x": "batch_size is 'x'; it must be None or a whole number",
+    "--batch_size 1.5": "batch_size is '1.5'; it must be None or a whole number",
+    "--learning_rate fast": "learning_rate is 'fast'; it must be None or a number",
+    "--session_decay lerned": "session_decay is 'lerned'; it must be None, a number or learned",
+    "--seeds a": "seeds is 'a'; it must be None or whole numbers",
+    "--match params": "match is 'params'; allowed: auto, none, parameters, flops, cache",
+    "--mix jont": "mix is 'jont'; allowed: joint, routed",
+    "--longterm_positions tru": ("longterm_positions is 'tru'; allowed: true, clamped, none"),
+    "--chunk_size 1e3": "chunk_size is '1e3'; it must be a whole number",
+    "--learning_rate": "--learning_rate needs a value",
+    "--output_dir": "--output_dir needs a value",
 }
 """Words that are not understood."""
 
@@ -368,7 +366,7 @@ def test_a_full_disk_at_the_start(place: Place, monkeypatch: pytest.MonkeyPatch)
         ("bench --learning_rat 3", "nearest: --learning_rate"),
         ("bench --attention_type mak", "nearest: 'mka'"),
         ("report", "no folder is given; give one or more folders of `mka bench` runs"),
-        ("report nowhere", "nowhere holds no results.jsonl; give the folder of a `mka bench` run"),
+        ("report nowhere", "nowhere does not exist; give the folder of a `mka bench` run"),
         ("report empty", "empty holds no results.jsonl"),
         ("report torn", r"torn/results\.jsonl holds no finished result yet"),
         ("report foreign", r"foreign/results\.jsonl line 1 is not a result of schema version 1"),

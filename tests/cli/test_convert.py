@@ -135,7 +135,7 @@ def test_the_dtype_that_is_asked_for(
         (("--memory_layers", 0, 2), "memory_layers is .0, 2.; allowed"),
         (("--attention_type", "gqa", "--memory_layers", 1), "this gqa has no memory"),
         (("--chunk_size", 0), "chunk_size is 0; it must be at least 1"),
-        (("--mix", "jont"), "invalid choice 'jont'"),
+        (("--mix", "jont"), "mix is 'jont'; allowed: joint, routed"),
         (("--model", "nowhere.gguf"), "there is no such file"),
     ],
 )

@@ -200,7 +200,7 @@ BAD: dict[str, str] = {
     "memory add none.txt --model MKA --bank BANK": (
         "document 'none.txt' does not exist; give a file of UTF-8 text"
     ),
-    "memory add BOOK --model MHA --bank BANK": "this MultiHeadAttention retrieves nothing",
+    "memory add BOOK --model MHA --bank BANK": "it retrieves nothing; a bank needs a model of mka",
     "memory add BOOK --model FMKA --bank BANK": "not interchangeable between models",
     "memory add BOOK --model MKA --bank BANK --piece 0": "piece is 0; it must be at least 1",
     "memory add --model MKA --bank BANK": "no document is given",

@@ -132,9 +132,8 @@ def test_results_of_an_older_schema_have_no_checksum(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_nothing_to_verify_is_refused(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "nowhere"):
+    nothing = "holds neither results.jsonl nor manifest.json"
+    for folder, what in ((tmp_path, nothing), (tmp_path / "nowhere", "does not exist")):
         assert end(cli.main, "verify", folder).complaint == (
-            f"mka: {folder} holds neither results.jsonl nor manifest.json; give the folder of "
-            "a `mka bench` run or of "
-            "a saved model"
+            f"mka: {folder} {what}; give the folder of a `mka bench` run or of a saved model"
         )

@@ -362,12 +362,12 @@ def test_the_commands_answers(
             "{ours} {empty} --html {page}",
             "mka: {empty} holds no results.jsonl; give the folder of a `mka bench` run",
         ),
-        ("{ours} {nowhere} --html {page}", "mka: {nowhere} holds no results.jsonl"),
+        ("{ours} {nowhere} --html {page}", "mka: {nowhere} does not exist"),
         (
             "{ours} {other} --html {page}",
             "line 1 is not a result of schema version 1 to 4; it says 9",
         ),
-        ("{ours} --html {empty}", "Is a directory"),
+        ("{ours} --html {empty}", "it is a folder; give the name of a file"),
         ("--html {page}", "folders"),
     ],
 )

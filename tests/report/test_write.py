@@ -175,7 +175,7 @@ def test_a_torn_last_line_is_passed_over(fill_folder: FillFolder) -> None:
 
 
 def test_no_folder_and_no_results_are_input_errors(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no results"):
+    with pytest.raises(InputError, match="does not exist"):
         write_report(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
     RunFolder(tmp_path).results.write_text('{"torn', encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Fast memory-keyed attention: the memories are fused first, then attended to once.
+"""Fast memorized key attention: the memories are fused first, then attended to once.
 
     L1: x_t -------------------------------------+
     L2: m_t, the session average ----------------+-- f_t = sum_l lambda_l M_l -- Wk, Wv --> k, v --+

@@ -1,4 +1,4 @@
-"""Memory-keyed attention: three memories, read by one softmax.
+"""Memorized key attention: three memories, read by one softmax.
 
                 +-- L1: k, v of the window's tokens and sinks ------- s_1, a_1 --+
     x -- Wq --> q --- L2: k, v of the session average m ------------- s_2, a_2 --+-- mix -- Wo --> y

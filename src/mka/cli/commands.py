@@ -289,7 +289,20 @@ def parsed(form: Any, program: str, arguments: Sequence[str]) -> Any:
         # Status 0 is --help, which has printed what was asked for.
         if stop.code == 0:
             raise
-        raise InputError(one_line(complaint.getvalue(), form)) from None
+        message = our_own(stop) or one_line(complaint.getvalue(), form)
+        raise InputError(f"{message} (--help lists all options)") from None
+
+
+def our_own(stop: BaseException) -> str:
+    """The message of the InputError because of which tyro stopped; "" if it was another
+    reason.
+
+    tyro's box would break it at its 80th column, in the middle of a path if need be.
+    """
+    cause: BaseException | None = stop
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__context__
+    return str(cause or "")
 
 
 def check_values(config: Any) -> None:
@@ -342,7 +355,7 @@ def one_line(box: str, form: Any) -> str:
         # compete.
         alike = [flag for flag in known if flag.startswith(flags[0][:4])] or known
         message += f"; nearest: {difflib.get_close_matches(flags[0], alike, n=1, cutoff=0.0)[0]}"
-    return f"{reworded(message, form)} (--help lists all options)"
+    return reworded(message, form)
 
 
 def reworded(message: str, form: Any) -> str:

@@ -11,8 +11,8 @@ from mka.errors import InputError
 
 MARKS = ("config.json", "bank.json", "manifest.json")
 """Files that tell a folder of ours; the last one lists the others."""
-LONGEST_LINE = 300
-"""Characters of an error message, the program's name included."""
+LONGEST_WORD, LONGEST_LINE = 200, 1000
+"""Characters of a word in an error message, and of all of it: paths stay whole."""
 GO_ON = "run the same command again to resume; finished results are kept"
 
 
@@ -98,12 +98,20 @@ def complain(program: str, error: object, status: int) -> int:
         # An error's text may hold line breaks, which would break the promise of one
         # line, and what would command a terminal.
         line = printable(f"{program}: {' '.join(str(error).split())}")
-        if len(line) > LONGEST_LINE:
-            # The beginning names the option, the end says what is allowed.
-            kept = (LONGEST_LINE - 5) // 2
-            line = f"{line[:kept]} ... {line[-kept:]}"
-        print(line, file=sys.stderr)
+        print(shortened(line), file=sys.stderr)
     return status
+
+
+def shortened(line: str) -> str:
+    """The line without the middle of words beyond LONGEST_WORD, and without its own
+    beyond LONGEST_LINE."""
+    words = line.split(" ")
+    line = " ".join(w if len(w) <= LONGEST_WORD else f"{w[:60]}...{w[-60:]}" for w in words)
+    if len(line) > LONGEST_LINE:
+        # The beginning names the option, the end says what is allowed.
+        kept = (LONGEST_LINE - 5) // 2
+        line = f"{line[:kept]} ... {line[-kept:]}"
+    return line
 
 
 def printable(text: str) -> str:

@@ -284,11 +284,11 @@ def run_chat(
                 conversation.tell(text)
         except InputError as error:
             failed += 1
-            complain("mka chat", error, 2)
+            complain("mka", error, 2)
             continue
         answered += 1
         if (forgotten := conversation.dropped - dropped) > 0:
             dropped = conversation.dropped
-            complain("mka chat", f"no positions left: dropped the oldest {forgotten} turn(s)", 0)
+            complain("mka", f"no positions left: dropped the oldest {forgotten} turn(s)", 0)
         if config.show_memory:
             say(f"[{conversation.memory()}; {shares}]")
