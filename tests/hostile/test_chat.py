@@ -33,8 +33,8 @@ POSITIONS = 48
 
 def saved(path: Path, kind: str, *, backbone: str = "llama", **options: Any) -> Path:
     tokenizer = load_tokenizer("bpe", [TEXT], 300)
-    sizes: dict[str, Any] = LLAMA
-    config: Any = LlamaConfig(**sizes | {"vocab_size": tokenizer.vocab_size})
+    sizes: dict[str, Any] = LLAMA | {"vocab_size": tokenizer.vocab_size}
+    config: Any = LlamaConfig(**sizes)
     if backbone == "gpt2":
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS}
         config = GPT2Config(vocab_size=tokenizer.vocab_size, **sizes)
