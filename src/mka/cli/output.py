@@ -51,7 +51,7 @@ def check_output(name: str, value: str | None) -> None:
         raise InputError(f"{name} is empty; give the name of a file")
     path = Path(value)
     try:
-        mode = path.stat().st_mode if os.path.lexists(path) and path.exists() else None
+        mode = mode_of(path)
         above = next(folder for folder in path.absolute().parents if folder.exists())
     except OSError as error:
         raise InputError(f"{name} is {value!r}; it cannot be written: {error.strerror}") from None
@@ -64,6 +64,15 @@ def check_output(name: str, value: str | None) -> None:
             f"{name} is {value!r}; it is a file of a run, a saved model or a bank; give another "
             "name"
         )
+
+
+def mode_of(path: Path) -> int | None:
+    """What kind of file is there; None: nothing. Raises OSError for a name that cannot
+    be looked up, such as one that is too long."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def is_ours(path: Path) -> bool:
