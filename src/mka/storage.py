@@ -10,6 +10,7 @@ replace_folder    the same, but replace whatever is there
 check_folder      the details such a folder was written with, or what is wrong with it
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,11 +21,47 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, TypeVar
+
+import msgspec
 
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 2**26
+"""Bytes; a manifest has some hundred per file."""
+T = TypeVar("T")
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""A whole number of something."""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What a manifest says of a file."""
+
+    size: Count
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a manifest.
+
+    Raises ValueError for a file outside the folder.
+    """
+
+    details: dict[str, Any]
+    files: dict[str, Noted]
+    pending: dict[str, Noted] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (*self.files, *self.pending):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+                raise ValueError(f"{name!r} is not a name of a file in the folder")
+
+
 TEMPORARY = re.compile(r"\.(.+)\.mka-\d+")
 """Names under which `write_atomically` writes: of the file, then of the process."""
 
@@ -107,6 +144,27 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def read_regular(path: Path, most: int | None = None) -> bytes:
+    """The bytes of a file. Raises OSError for what is not a regular file, such as a
+    pipe, which may never end, and for one of more than `most` bytes (None: no limit)."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
+        raise OSError(kind, "it is not a regular file", str(path))
+    if most is not None and found.st_size > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return path.read_bytes()
+
+
+def of_kind(kind: type[T], value: Any) -> T:
+    """A value that JSON held, as a dataclass or another type. Raises ValueError, which
+    says where they differ, if it does not fit."""
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
 def check_folder(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """The details of a whole folder and ""; or None and what is wrong with it.
 
@@ -114,14 +172,13 @@ def check_folder(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """
     try:
         content = read_manifest(folder)
-        for name, recorded in content["files"].items():
-            if damage := damage_of(folder / name, recorded):
-                return None, f"{name} {damage}"
     except OSError:
         return None, f"{MANIFEST} cannot be read"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        # JSON of another shape than a manifest fails in one of these ways.
+    except ValueError:
         return None, f"{MANIFEST} is altered"
+    for name, recorded in content["files"].items():
+        if damage := damage_of(folder / name, recorded):
+            return None, f"{name} {damage}"
     return content["details"], ""
 
 
@@ -131,7 +188,10 @@ def damage_of(path: Path, recorded: Mapping[str, Any]) -> str:
     try:
         # The size first: it is known at once, the checksum only after reading the whole
         # file.
-        size = path.stat().st_size
+        found = path.stat()
+        size = found.st_size
+        if not stat.S_ISREG(found.st_mode):
+            return "is not a regular file"
         if size != recorded["size"]:
             return f"has {size} bytes instead of {recorded['size']}"
         return "" if sha256_of(path) == recorded["sha256"] else "is altered"
@@ -142,14 +202,19 @@ def damage_of(path: Path, recorded: Mapping[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The content of a folder's manifest.
 
-    Raises OSError if it cannot be read, and ValueError, KeyError or TypeError if it is
-    altered.
+    Raises OSError if it cannot be read, and ValueError if it is altered, or its content
+    is not a manifest's.
     """
-    raw = (folder / MANIFEST).read_text(encoding="utf-8")
-    content = json.loads(raw)["content"]
+    raw = read_regular(folder / MANIFEST, LARGEST_MANIFEST)
+    try:
+        held = json.loads(raw)
+    except RecursionError:
+        raise ValueError(f"{MANIFEST} is nested too deeply") from None
+    content: dict[str, Any] = held.get("content", {}) if isinstance(held, dict) else {}
+    of_kind(Manifest, content)
     # Comparing the text itself also catches changes that JSON would not see, such as a
     # space.
-    if raw != manifest_text(content):
+    if raw != manifest_text(content).encode():
         raise ValueError(f"{MANIFEST} is altered")
     return content
 

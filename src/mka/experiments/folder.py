@@ -5,15 +5,17 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from mka.errors import InputError
 from mka.record.config import PRESETS, ResolvedConfig
 from mka.record.folders import WRITTEN, note_everything, read_noted, write_noted
 from mka.record.results import RunFolder, flat, read_results, remarks
-from mka.storage import json_text, sweep, write_json
+from mka.storage import json_text, of_kind, sweep, write_json
 
 NOT_IDENTITY = (
     *("attention_type", "study", "seeds", "output_dir", "resume", "fp16", "bf16"),
@@ -22,6 +24,16 @@ NOT_IDENTITY = (
 )
 """Fields that choose which results a run adds and how it runs, not what a result
 means."""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What a folder's config.json says that a run computes with, and does not only
+    compare."""
+
+    global_batch_size: Annotated[int, Meta(ge=1, le=2**31)] = 1
+
+
 PARTS = ("batch_size", "gradient_accumulation_steps")
 """Fields that divide a step on one rank; for a result only global_batch_size matters,
 their product times the number of ranks."""
@@ -140,12 +152,13 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        held = json.loads(data)
-    except ValueError:
-        held = None
-    if not isinstance(held, dict):
-        raise InputError(f"{path} is not the config.json of a run; choose another --output_dir")
-    return held
+        held = of_kind(dict[str, Any], json.loads(data))
+        of_kind(GlobalBatch, held)
+        return held
+    except (ValueError, RecursionError):
+        raise InputError(
+            f"{path} is not the config.json of a run; choose another --output_dir"
+        ) from None
 
 
 def short(value: Any) -> str:

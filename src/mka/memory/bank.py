@@ -16,7 +16,6 @@ token, and documents are in the order in which they were added.
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,15 +29,19 @@ import torch
 from torch import Tensor
 
 from mka.errors import InputError
-from mka.memory.disk import MappedFile
+from mka.memory.disk import MappedRecords
 from mka.memory.longterm import INDEX_STORES
 from mka.memory.places import BankLayer
 from mka.memory.state import State
 from mka.memory.store import RecordForm, Records
 from mka.storage import (
+    MANIFEST,
+    Count,
     check_folder,
     checksum_of,
     locked,
+    of_kind,
+    read_regular,
     remove,
     sync_folder,
     write_folder,
@@ -50,6 +53,30 @@ FORMAT = 2
 BANK, DOCUMENTS, LOCK = "bank.json", "documents", ".lock"
 COPIED_CHUNKS = 256
 """Chunks that are written at once."""
+
+
+LARGEST_INFO = 2**20
+"""Bytes of bank.json."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What bank.json holds, apart from its checksum."""
+
+    format: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the manifest of a document says of it."""
+
+    name: str
+    number: Count
+    tokens: Count
+    chunks: Count
+    fingerprint: str
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -91,12 +118,13 @@ class Pieces(Records):
     def __init__(self, paths: Sequence[Path], chunks: Sequence[int], form: RecordForm) -> None:
         self.form = form
         self.ends = torch.tensor([0, *accumulate(chunks)])
-        self.files: list[MappedFile] = []
-        for path, count in zip(paths, chunks, strict=True):
-            # Private, copy on write: nothing that happens to the mapped tensor reaches
-            # the file.
-            self.files.append(MappedFile(os.open(path, os.O_RDONLY), form, mmap.MAP_PRIVATE))
-            self.files[-1].remap(count)
+        self.files = [
+            MappedRecords(path, form, count) for path, count in zip(paths, chunks, strict=True)
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Pieces":
+        """Itself: nothing ever changes it."""
+        return self
 
     def read(self, row: Tensor, chunk: Tensor, group: Tensor) -> Tensor:
         """The N records named, as (N, block, width), on the CPU; the same in every
@@ -110,10 +138,6 @@ class Pieces(Records):
             mine = owner == number
             found[mine] = self.files[number].read(chunk[mine] - self.ends[number], group[mine])
         return found
-
-    def __del__(self) -> None:
-        for file in getattr(self, "files", ()):
-            file.close()
 
 
 class Bank:
@@ -132,9 +156,11 @@ class Bank:
         self.folder = Path(folder)
         self.info: dict[str, Any] = {}
         try:
-            self.info = json.loads((self.folder / BANK).read_text(encoding="utf-8"))
+            held = json.loads(read_regular(self.folder / BANK, LARGEST_INFO))
+            self.info = of_kind(dict[str, Any], held)
             checksum = self.info.pop("sha256", None)
-            format_, ours = self.info["format"], self.info["fingerprint"]
+            known = of_kind(Info, self.info)
+            format_, ours = known.format, known.fingerprint
             # A bank of another format may have no checksum; it is refused by its
             # number, below.
             if format_ == FORMAT and checksum != checksum_of(self.info):
@@ -143,7 +169,7 @@ class Bank:
             raise InputError(
                 f"bank is {str(folder)!r}; it is not a bank: {BANK}: {error.strerror}"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"bank is {str(folder)!r}; its {BANK} is corrupt; recreate the bank"
             ) from error
@@ -188,10 +214,7 @@ class Bank:
         found = []
         for folder, details, damage in self.checked():
             if details is None:
-                raise InputError(
-                    f"bank is {str(self.folder)!r}; its document {folder.name} is damaged: "
-                    f"{damage}; remove it: mka memory remove {folder.name} --bank {self.folder}"
-                )
+                raise self.damaged(folder.name, damage)
             found.append(
                 Document(
                     folder, **{key: details[key] for key in ("name", "number", "tokens", "chunks")}
@@ -210,6 +233,14 @@ class Bank:
                 # Checksums are not enough: a folder copied from another bank, or
                 # renamed, is whole.
                 details, damage = check_folder(folder)
+                # A link could lead out of the bank.
+                if folder.is_symlink():
+                    details, damage = None, "it is a link"
+                if details is not None:
+                    try:
+                        of_kind(Details, details)
+                    except ValueError:
+                        details, damage = None, f"{MANIFEST} is not that of a document"
                 if details is not None and details.get("fingerprint") != self.info["fingerprint"]:
                     details, damage = None, "it is of another model"
                 elif details is not None and details.get("identity") != folder.name:
@@ -273,6 +304,9 @@ class Bank:
             raise several(self.folder, wanted, [folder.name for folder in found])
         # Renamed first, in one step: a process that is killed while it deletes leaves
         # no damaged document, only a hidden folder that `writing` sweeps.
+        if found[0].is_symlink():
+            found[0].unlink()
+            return found[0]
         aside = found[0].with_name(f".{found[0].name}.building")
         remove(aside)
         os.replace(found[0], aside)
@@ -316,12 +350,31 @@ class Bank:
             records, summaries = {}, {}
             for name in kept_stores(state):
                 paths = [document.folder / file_name(layer, name) for document in documents]
+                for document, path in zip(documents, paths, strict=True):
+                    self.check_size(document, path, form_of(state, name).chunk_bytes)
                 if is_record(state, name):
                     records[name] = Pieces(paths, counts, form_of(state, name))
                 else:
                     summaries[name] = read_entries(paths, state, name)
             found.append(BankLayer(sum(counts), summaries, records))
         return found
+
+    def check_size(self, document: Document, path: Path, chunk_bytes: int) -> None:
+        """Raise InputError unless a file of a document holds as many chunks as its
+        manifest says."""
+        size = path.stat().st_size if path.is_file() else 0
+        if size != document.chunks * chunk_bytes:
+            raise self.damaged(
+                document.folder.name,
+                f"{path.name} has {size:,} bytes, which are not {document.chunks:,} chunks",
+            )
+
+    def damaged(self, name: str, damage: str) -> InputError:
+        """The error for a damaged document, with what can be done."""
+        return InputError(
+            f"bank is {str(self.folder)!r}; its document {name} is damaged: {damage}; remove it: "
+            f"mka memory remove {name} --bank {self.folder}"
+        )
 
 
 def several(bank: Path, name: str, identities: Sequence[str]) -> InputError:

@@ -5,11 +5,13 @@ a killed process leaves nothing behind, and nobody else can write to it or trunc
 Space is reserved before anything is written.
 """
 
+import ctypes
 import mmap
 import os
 import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 from mka.errors import InputError
 from mka.memory.store import Budget, RecordForm, Store
 
+LIBC = ctypes.CDLL(None)
+"""The C library of this process."""
 SMALL_READ = 64
 """After reads of at most this many records, such as those of one decoded token, the
 pages stay in memory."""
@@ -31,11 +35,10 @@ class MappedFile:
     Args:
         handle: descriptor of the open file; `close` closes it.
         form: the form of its records.
-        access: flags of the mapping. Default: MAP_SHARED.
     """
 
-    def __init__(self, handle: int, form: RecordForm, access: int = mmap.MAP_SHARED) -> None:
-        self.handle, self.form, self.access = handle, form, access
+    def __init__(self, handle: int, form: RecordForm) -> None:
+        self.handle, self.form = handle, form
         self.map: mmap.mmap | None = None
         self.data = torch.empty(0, form.groups, form.block, form.width, dtype=form.dtype)
 
@@ -44,7 +47,7 @@ class MappedFile:
         # An empty range cannot be mapped.
         if not chunks:
             return
-        self.map = mmap.mmap(self.handle, chunks * self.form.chunk_bytes, self.access)
+        self.map = mmap.mmap(self.handle, chunks * self.form.chunk_bytes)
         flat = torch.frombuffer(self.map, dtype=self.form.dtype)
         self.data = flat.view(chunks, self.form.groups, self.form.block, self.form.width)
 
@@ -61,6 +64,39 @@ class MappedFile:
         """Close the file. The mapping goes with the last tensor that refers to it."""
         self.data, self.map = self.data[:0].clone(), None
         os.close(self.handle)
+
+
+class MappedRecords:
+    """The records of a finished file, mapped for reading. The file is not kept open, so
+    that there may be any number of them.
+
+    Args:
+        path: the file.
+        form: the form of its records.
+        chunks: how many chunks it holds.
+    """
+
+    def __init__(self, path: Path, form: RecordForm, chunks: int) -> None:
+        shape = chunks, form.groups, form.block, form.width
+        self.data = torch.empty(0, *shape[1:], dtype=form.dtype)
+        if chunks:
+            # Private, copy on write: nothing that happens to the mapped tensor reaches
+            # the file. Python's mmap would keep a descriptor of it.
+            flat = torch.from_file(
+                str(path), shared=False, size=chunks * form.chunk_bytes, dtype=torch.uint8
+            )
+            self.data = flat.view(form.dtype).view(shape)
+
+    def read(self, chunk: Tensor, group: Tensor) -> Tensor:
+        """A copy of the N records named by two (N,) tensors, as (N, block, width)."""
+        found = self.data[chunk, group]
+        if len(chunk) > SMALL_READ:
+            # As in `MappedFile.read`; a failure would only cost memory.
+            size = self.data.numel() * self.data.element_size()
+            LIBC.madvise(
+                ctypes.c_void_p(self.data.data_ptr()), ctypes.c_size_t(size), mmap.MADV_DONTNEED
+            )
+        return found
 
 
 class DiskStore(Store):

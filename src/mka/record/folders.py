@@ -9,6 +9,7 @@ even after a kill. A folder without a manifest.json is accepted as it is. No tor
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +21,9 @@ from mka.storage import (
     damage_of,
     locked,
     manifest_text,
+    of_kind,
     read_manifest,
+    read_regular,
     sha256_of,
     write_atomically,
 )
@@ -91,7 +94,7 @@ def read_noted(folder: Path, path: Path) -> bytes | None:
     # stays.
     while True:
         content = manifest_of(folder)
-        data = path.read_bytes() if path.is_file() else None
+        data = read_regular(path) if os.path.lexists(path) else None
         entries = entries_of(content, name) if content is not None else []
         if data is None or not entries or entry_of(data) in entries:
             return data
@@ -125,7 +128,12 @@ def note_result(folder: Path, name: str) -> None:
 def noted_results(folder: Path) -> list[str]:
     """The names of all results ever noted; empty for a folder without a manifest."""
     content = manifest_of(folder)
-    return [] if content is None else content["details"].get("results", [])
+    if content is None:
+        return []
+    try:
+        return of_kind(list[str], content["details"].get("results", []))
+    except ValueError:
+        raise InputError(damage_line(folder, MANIFEST, ALTERED)) from None
 
 
 # Every folder with a manifest.
@@ -193,16 +201,11 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     Raises InputError if it is altered.
     """
     try:
-        content = read_manifest(folder)
-        if isinstance(content["files"], dict) and isinstance(content["details"], dict):
-            return content
+        return read_manifest(folder)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        # One error for all that random damage can do, and for a content of another
-        # shape.
-        pass
-    raise InputError(damage_line(folder, MANIFEST, ALTERED))
+    except ValueError:
+        raise InputError(damage_line(folder, MANIFEST, ALTERED)) from None
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

@@ -23,7 +23,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from mka.errors import InputError
 from mka.record.folders import (
@@ -37,7 +39,7 @@ from mka.record.folders import (
     write_noted,
 )
 from mka.record.studies import Arm
-from mka.storage import checksum_of, sync_folder
+from mka.storage import Count, checksum_of, of_kind, read_regular, sync_folder
 
 # Raised whenever the lines change, so that readers can complete older ones.
 SCHEMA_VERSION = 4
@@ -50,6 +52,12 @@ ADDED: dict[int, dict[str, Any]] = {
 CHECKSUM = "checksum"
 """The field that holds a line's checksum: that of the object without it
 (`storage.checksum_of`)."""
+
+
+PartOfName = Annotated[str, Meta(pattern=r"^\w[\w.+-]*\Z", max_length=200)]
+"""A name that file names begin with; it cannot leave the folder."""
+ThreeLevels = Annotated[list[float], Meta(min_length=3, max_length=3)]
+"""A number for each of L1, L2 and L3."""
 
 
 def run_name(name: str, seed: int) -> str:
@@ -142,9 +150,9 @@ class Result:
     """
 
     schema_version: int = SCHEMA_VERSION
-    attention_type: str
-    variant: str = ""
-    seed: int
+    attention_type: PartOfName
+    variant: Annotated[str, Meta(pattern=r"^[\w.+-]*\Z", max_length=100)] = ""
+    seed: Count
     train_loss: float
     eval_loss: float
     perplexity: float
@@ -153,14 +161,14 @@ class Result:
     train_seconds: float
     eval_seconds: float
     tokens_per_second: float
-    memory_allocated: int | None
-    memory_reserved: int | None
-    parameters: int
-    cache_bytes_per_token: float
+    memory_allocated: Count | None
+    memory_reserved: Count | None
+    parameters: Count
+    cache_bytes_per_token: Annotated[float, Meta(gt=0)]
     flops_per_token: float | None
-    train_tokens: int
-    eval_tokens: int
-    skipped_steps: int
+    train_tokens: Count
+    eval_tokens: Count
+    skipped_steps: Count
     busy_cores: float | None = None
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -186,8 +194,8 @@ class CurvePoint:
     """One line of a curve, in nats per token; `eval_loss` is None where it was not
     measured."""
 
-    step: int
-    tokens: int
+    step: Count
+    tokens: Count
     seconds: float
     train_loss: float | None
     eval_loss: float | None = None
@@ -209,11 +217,11 @@ class Cost:
         flops_per_token: FLOPs of the last token.
     """
 
-    name: str
-    tokens: int
-    milliseconds: float
-    state_bytes: int
-    flops_per_token: int
+    name: PartOfName
+    tokens: Count
+    milliseconds: Annotated[float, Meta(gt=0)]
+    state_bytes: Count
+    flops_per_token: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,13 +240,22 @@ class Routing:
         served: [token][level] of that row, means over layers.
     """
 
-    name: str
-    seed: int
-    edges: list[int]
-    shares: list[list[list[float]]]
+    name: PartOfName
+    seed: Count
+    edges: list[Count]
+    shares: list[list[ThreeLevels]]
     entropy: list[float | None]
     text: list[str]
-    served: list[list[float]]
+    served: list[ThreeLevels]
+
+    def __post_init__(self) -> None:
+        pieces = len(self.edges) - 1
+        if sorted(set(self.edges)) != list(self.edges) or pieces < 1:
+            raise ValueError("edges do not rise")
+        if len(self.shares) != len(self.entropy) or any(len(s) != pieces for s in self.shares):
+            raise ValueError("shares, entropy and edges do not fit")
+        if len(self.text) != len(self.served):
+            raise ValueError("text and served do not fit")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -333,10 +350,10 @@ def raw_lines(folder: Path) -> list[bytes]:
     """The lines of results.jsonl, as bytes. Raises InputError if the file does not
     exist."""
     path = RunFolder(folder).results
-    if not path.is_file():
+    if not os.path.lexists(path):
         what = "holds no results.jsonl" if folder.exists() else "does not exist"
         raise InputError(f"{folder} {what}; give the folder of a `mka bench` run")
-    return path.read_bytes().split(b"\n")
+    return read_regular(path).split(b"\n")
 
 
 def is_json(line: bytes) -> bool:
@@ -382,7 +399,10 @@ def parse_result(row: Any, where: str) -> Result:
         raise InputError(
             f"{where} is not a result of schema version 1 to {SCHEMA_VERSION}; it says {version!r}"
         )
-    return Result(**row)
+    try:
+        return of_kind(Result, row)
+    except ValueError as error:
+        raise InputError(f"{where} is not a result: {error}") from None
 
 
 def no_results(folder: Path) -> InputError:
@@ -441,9 +461,8 @@ def read_curve(folder: Path, name: str, seed: int) -> list[CurvePoint]:
     if data is None:
         return []
     try:
-        return [CurvePoint(**json.loads(line)) for line in data.splitlines()]
-    except (ValueError, TypeError):
-        # TypeError is JSON whose fields are not those of a point.
+        return [of_kind(CurvePoint, json.loads(line)) for line in data.splitlines()]
+    except (ValueError, RecursionError):
         raise InputError(
             f"{path} is damaged: not one curve point per line; delete it or run that seed again"
         ) from None
@@ -474,8 +493,8 @@ def read_costs(folder: Path) -> list[Cost]:
     if data is None:
         return []
     try:
-        return [Cost(**json.loads(line)) for line in data.splitlines()]
-    except (ValueError, TypeError):
+        return [of_kind(Cost, json.loads(line)) for line in data.splitlines()]
+    except (ValueError, RecursionError):
         raise InputError(
             f"{path} is damaged: not one cost per line; delete it and run `mka bench` again"
         ) from None
@@ -491,6 +510,6 @@ def read_routing(folder: Path, name: str, seed: int) -> Routing | None:
     if data is None:
         return None
     try:
-        return Routing(**json.loads(data))
-    except (ValueError, TypeError):
+        return of_kind(Routing, json.loads(data))
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is damaged; delete it and run `mka bench` again") from None
