@@ -99,3 +99,8 @@ def check_heads(
 def divisors(number: int) -> str:
     """All divisors of a positive number, as a list for a message: "1, 2, 4"."""
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, direction marks and the like as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mka import cli
-from mka.cli.output import check_output, printable, shortened
+from mka.cli.output import check_output, shortened
 from mka.data.cache import default_cache_dir
-from mka.errors import InputError
+from mka.errors import InputError, printable
 from mka.record.folders import WRITTEN
 from mka.storage import sweep, write_atomically, write_folder
 from mka.training.checkpoint import Checkpoint, Checkpoints

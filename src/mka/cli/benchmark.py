@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from mka.cli.output import GO_ON, check_output, complain, is_first_rank
-from mka.errors import InputError
+from mka.errors import InputError, printable
 from mka.record.config import BenchmarkConfig
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def run_report(config: ReportConfig) -> int:
         None if name is None else Path(name) for name in (config.html, config.markdown)
     )
     for path in write_pages(runs, html, markdown):
-        console.print(f"Page     {path}")
+        console.print(f"Page     {printable(str(path))}")
     return 0
 
 
@@ -119,7 +119,7 @@ def run_verify(config: VerifyConfig) -> int:
 
     found = verify(Path(config.folder))
     for name, state in found:
-        print(f"{name}: {state}")
+        print(printable(f"{name}: {state}"))
     bad = sum(state in BAD for _, state in found)
     print(f"{sum(state == WHOLE for _, state in found):,} whole, {bad:,} not")
     return int(bad > 0)
@@ -155,7 +155,8 @@ def finish(folder: Path, console: Any, run: "Run | None" = None) -> int:
     for difference in differences(run.rows):
         console.print(difference.line())
     for remark in run.remarks:
-        print(f"warning: {folder}: {remark}", file=sys.stderr)
+        print(printable(f"warning: {folder}: {remark}"), file=sys.stderr)
     reports = ", ".join(str(path) for path in written)
-    console.print(f"Results  {RunFolder(folder).results}\nReport   {reports}")
+    console.print(printable(f"Results  {RunFolder(folder).results}"))
+    console.print(printable(f"Report   {reports}"))
     return 0

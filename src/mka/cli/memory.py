@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from mka.errors import InputError, check_at_least
+from mka.errors import InputError, check_at_least, printable
 from mka.memory.options import LongTermConfig
 
 if TYPE_CHECKING:  # torch takes seconds to load
@@ -215,4 +215,4 @@ def line(document: "Document") -> str:
     size = (
         f"{document.tokens:,} tokens, {document.chunks:,} chunks, {document.nbytes / 2**20:.1f} MiB"
     )
-    return f"{document.folder.name} {document.name}: {size}"
+    return printable(f"{document.folder.name} {document.name}: {size}")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mka.errors import InputError
+from mka.errors import InputError, printable
 
 MARKS = ("config.json", "bank.json", "manifest.json")
 """Files that tell a folder of ours; the last one lists the others."""
@@ -121,8 +121,3 @@ def shortened(line: str) -> str:
         kept = (LONGEST_LINE - 5) // 2
         line = f"{line[:kept]} ... {line[-kept:]}"
     return line
-
-
-def printable(text: str) -> str:
-    """The text with control characters, direction marks and the like as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from mka.errors import InputError
+from mka.errors import InputError, printable
 from mka.record.config import PRESETS, ResolvedConfig
 from mka.record.folders import WRITTEN, note_everything, read_noted, write_noted
 from mka.record.results import RunFolder, flat, read_results, remarks
@@ -115,7 +115,7 @@ def open_folder(
     altered.
     """
     for remark in remarks(folder):
-        print(f"warning: {folder}: {remark}", file=sys.stderr)
+        print(printable(f"warning: {folder}: {remark}"), file=sys.stderr)
     finished = read_results(folder) if RunFolder(folder).results.is_file() else []
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder, WRITTEN)

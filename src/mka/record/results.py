@@ -189,6 +189,12 @@ class Result:
         return run_name(self.name, self.seed)
 
 
+def check_measured(time: float) -> None:
+    """Raise ValueError for a time that no clock can have shown."""
+    if not 0 <= time < float("inf"):
+        raise ValueError(f"a time is {time}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
     """One line of a curve, in nats per token; `eval_loss` is None where it was not
@@ -199,6 +205,9 @@ class CurvePoint:
     seconds: float
     train_loss: float | None
     eval_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        check_measured(self.seconds)
 
 
 COLLAPSED = 0.05
@@ -222,6 +231,9 @@ class Cost:
     milliseconds: Annotated[float, Meta(gt=0)]
     state_bytes: Count
     flops_per_token: Count
+
+    def __post_init__(self) -> None:
+        check_measured(self.milliseconds)
 
 
 @dataclass(frozen=True, kw_only=True)

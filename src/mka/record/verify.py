@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mka.errors import InputError
-from mka.record.folders import ALTERED, MISSING, WHOLE, noted_results, states
+from mka.record.folders import ALTERED, MISSING, WHOLE, manifest_of, noted_results, states
 from mka.record.results import CHECKSUM, RunFolder, is_json, parse_result, raw_lines
 from mka.storage import MANIFEST
 
@@ -80,9 +80,14 @@ def lines(folder: Path) -> Iterator[tuple[str, str]]:
         there.add(result.file_name)
         yield f"{where}, {result.file_name}", WHOLE if CHECKSUM in row else NO_CHECKSUM
     try:
-        noted = noted_results(folder)
+        manifest_of(folder)
     except InputError:
         # The manifest itself is altered, which `files` reports.
+        return
+    try:
+        noted = noted_results(folder)
+    except InputError:
+        yield MANIFEST, ALTERED
         return
     for name in noted:
         if name not in there:

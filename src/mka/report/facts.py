@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from mka.errors import printable
 from mka.memory.options import LOCAL_WINDOW
 from mka.record.config import PRESETS, BenchmarkConfig
 from mka.record.mechanisms import MECHANISMS
@@ -57,7 +58,7 @@ def words_of(run: Run, study: str | None) -> list[str]:
     usual: dict[str, Any] = {field.name: field.default for field in fields(BenchmarkConfig)} | {
         "match": "none"
     }
-    preset = PRESETS.get(config.get("preset", usual["preset"]))
+    preset = PRESETS.get(str(config.get("preset", usual["preset"])))
     usual |= {name: getattr(preset, name) for name in PRESET_VALUES if preset is not None}
     usual_kinds, usual_seeds = set(MECHANISMS), (0,)
     if not any(
@@ -107,7 +108,7 @@ def fact_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         "seeds": lambda row: row.seed,
         "tokens trained on": lambda row: f"{row.train_tokens:,}",
         "tokens evaluated": lambda row: f"{row.eval_tokens:,}",
-        "hash of the data": lambda row: row.config.get("data", {}).get("corpus_fingerprint"),
+        "hash of the data": lambda row: flat(row.config).get("data.corpus_fingerprint"),
     }
     facts |= {name: lambda row, name=name: row.environment.get(name) for name in ENVIRONMENT}
     rows = [(name, [each_once(map(of, run.rows)) for run in runs]) for name, of in facts.items()]
@@ -183,12 +184,17 @@ def environments(rows: Iterable[Result]) -> str:
     for group in groups.values():
         names = dict.fromkeys(shown_name(row.attention_type, row.variant) for row in group)
         values = "".join(
-            f"- {key}: {shown(value)}\n" for key, value in flat(group[0].environment).items()
+            f"- {escape(key)}: {escape(shown(value))}\n"
+            for key, value in flat(group[0].environment).items()
         )
         texts.append(f"{', '.join(names)}:\n\n" + (values or "- not recorded\n"))
     return "\n".join(texts)
 
 
 def escape(text: str) -> str:
-    """Text for a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text for a line or a table's cell of Markdown, in which it commands nothing: no
+    tag, link, code, cell or line."""
+    line = " ".join(text.split()).replace("\\", "\\\\")
+    for mark in ("|", "`", "]("):
+        line = line.replace(mark, f"\\{mark}")
+    return printable(line.replace("<", "&lt;"))

@@ -179,7 +179,7 @@ def report_text(rows: Sequence[Result], figures: Iterable[Path] = ()) -> str:
     """The text of table.md; `figures` are those written beside it."""
     summaries = summarize(rows)
     parts = [
-        f"# {heading(rows)}\n\n{seeds_sentence(summaries)}",
+        f"# {escape(heading(rows))}\n\n{seeds_sentence(summaries)}",
         markdown_table(summaries),
         differences_table(differences(rows)),
         "".join(f"- {summary.name}: {summary.title}\n" for summary in summaries),

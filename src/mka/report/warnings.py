@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from math import isfinite
-from typing import Any
 
 from mka.memory.options import LEVELS
 from mka.record.intervals import verdict
@@ -114,9 +113,9 @@ def busy(run: Run) -> Iterator[str]:
 
 def changed(run: Run) -> Iterator[str]:
     """Source trees with local changes, and results of several commits."""
-    commits: set[Any] = {row.environment.get("commit") for row in run.rows}
-    dirty = sorted(str(commit) for commit in commits if str(commit).endswith("+"))
+    commits = {str(row.environment.get("commit")) for row in run.rows}
+    dirty = sorted(commit for commit in commits if commit.endswith("+"))
     if dirty:
         yield f"Ran with local changes: {', '.join(dirty)}."
     if len(commits) > 1:
-        yield f"Ran with {len(commits)} commits: {', '.join(sorted(map(str, commits)))}."
+        yield f"Ran with {len(commits)} commits: {', '.join(sorted(commits))}."
