@@ -75,7 +75,7 @@ WORDS = {
     "--seed 3": "nearest: --seeds",
     "--window 3": "nearest: --local_window",
     "-x": "Unrecognized options: -x",
-    "--fp16 yes": "Unrecognized options: yes",
+    "--fp16 yes": "--fp16 takes no value; given: 'yes'",
     "--batch_size x": "batch_size is 'x'; it must be None or a whole number",
     "--batch_size 1.5": "batch_size is '1.5'; it must be None or a whole number",
     "--learning_rate fast": "learning_rate is 'fast'; it must be None or a number",

@@ -277,7 +277,12 @@ def parse(program: str, name: str, arguments: Sequence[str] | None) -> tuple[Com
 def parsed(form: Any, program: str, arguments: Sequence[str]) -> Any:
     """The dataclass that the arguments describe. Raises InputError with a message of
     one line."""
-    complaint = io.StringIO()
+    flag, complaint = "argument", io.StringIO()
+    for argument in arguments:
+        flag = argument.partition("=")[0].lstrip("-") if argument.startswith("--") else flag
+        # Before tyro would write all of it into its box.
+        if flag != "prompt":
+            check_length(flag, argument)
     try:
         with contextlib.redirect_stderr(complaint):
             config = tyro.cli(
@@ -290,7 +295,19 @@ def parsed(form: Any, program: str, arguments: Sequence[str]) -> Any:
         if stop.code == 0:
             raise
         message = our_own(stop) or one_line(complaint.getvalue(), form)
+        message = left_over(message, arguments)
         raise InputError(f"{message} (--help lists all options)") from None
+
+
+def left_over(message: str, arguments: Sequence[str]) -> str:
+    """A complaint about a word that follows a flag without values, as such; any other
+    as it is."""
+    word = message.removeprefix("Unrecognized options: ").partition(",")[0]
+    if word == message or word not in arguments[1:]:
+        return message
+    before = arguments[arguments.index(word, 1) - 1]
+    takes_none = before.startswith("--") and "=" not in before and not word.startswith("-")
+    return f"{before} takes no value; given: {word!r}" if takes_none else message
 
 
 def our_own(stop: BaseException) -> str:
@@ -326,6 +343,11 @@ def check_name(option: str, value: str) -> None:
     allow."""
     if not value.strip():
         raise InputError(f"{option} is {value!r}; give a value, or leave --{option} out")
+    check_length(option, value)
+
+
+def check_length(option: str, value: str) -> None:
+    """Raise InputError for text that is longer than any path."""
     size = len(os.fsencode(value))
     longest = max(len(os.fsencode(part)) for part in value.split("/"))
     if size > LONGEST_PATH or longest > LONGEST_PART:
@@ -378,7 +400,8 @@ def reworded(message: str, form: Any) -> str:
     elif "for int()" in problem or "to float" in problem:
         words = ["a whole number" if "for int()" in problem else "a number"]
     allowed = " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-    return f"{option} is {' '.join(values)}; it must be {allowed}"
+    shown = " ".join(value if len(value) < 80 else f"{value[:40]}...'" for value in values)
+    return f"{option} is {shown}; it must be {allowed}"
 
 
 def is_of_whole_numbers(form: Any, option: str) -> bool:

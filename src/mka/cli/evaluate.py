@@ -236,6 +236,7 @@ def run_perplexity(config: PerplexityConfig) -> int:
     # Read before the model is loaded, which takes longer: a wrong path is reported at
     # once.
     documents = chosen_documents(config)
+    check_baseline(config.baseline)
     scores = score_model(config.model, documents, config)
     of = f"{config.dataset}, {config.split} split: {len(scores.nats):,} documents"
     # Words and bytes are known here, because texts were scored and not token ids.
@@ -288,6 +289,18 @@ def run_perplexity(config: PerplexityConfig) -> int:
         found["difference"] = {"baseline": config.baseline, "verdict": word, **difference.record()}
     write_json_to(config.output, found)
     return 0
+
+
+def check_baseline(name: str | None) -> None:
+    """Raise InputError, before minutes of reading, if there is no such model; None is
+    allowed."""
+    from mka.models.loading import is_here
+
+    try:
+        if name is not None:
+            is_here(name)
+    except InputError as error:
+        raise InputError(str(error).replace("model is", "baseline is", 1)) from error
 
 
 def score_model(name: str, documents: list[str], config: PerplexityConfig) -> "Perplexity":

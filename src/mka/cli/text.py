@@ -76,6 +76,7 @@ class ConvertConfig:
     layer numbers from 0; the other layers have the window and the sinks only."""
 
     def __post_init__(self) -> None:
+        check_utf8("output", self.output)
         if self.attention_type not in CONVERTIBLE:
             raise unknown_name("attention_type", self.attention_type, CONVERTIBLE)
         for name, allowed in (("mix", MIXES), ("longterm_positions", LONGTERM_POSITIONS)):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from mka.errors import InputError, printable
+from mka.errors import InputError, check_utf8, printable
 from mka.record.config import PRESETS, ResolvedConfig
 from mka.record.folders import WRITTEN, note_everything, read_noted, write_noted
 from mka.record.results import RunFolder, flat, read_results, remarks
@@ -60,7 +60,12 @@ def identity(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose_folder(config: ResolvedConfig, description: dict[str, Any]) -> Path:
-    """The folder that was asked for, or one in runs/ named after the configuration."""
+    """The folder that was asked for, or one in runs/ named after the configuration.
+
+    Raises InputError for one whose path is not UTF-8.
+    """
+    # The libraries that write weights take no names but UTF-8.
+    check_utf8("output_dir", str(Path(config.output_dir or "runs").resolve()))
     if config.output_dir is not None:
         return Path(config.output_dir)
     # A digest of the settings, so that the same command finds the same folder again.

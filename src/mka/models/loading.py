@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from mka.data.hub import NOT_REACHED, first_line, hub_is_reachable
-from mka.errors import InputError
+from mka.errors import InputError, check_utf8
 from mka.models.weights import (  # mka.models registers our models with the Auto classes
     check_finite,
     check_loaded,
@@ -65,6 +65,8 @@ def new_folder(name: str) -> Path:
     """The absolute path of a folder to write a model to. Raises InputError unless it is
     empty or does not exist."""
     folder = Path(name).resolve()
+    # The libraries that write weights and tokenizers take no other names.
+    check_utf8("output", str(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"output is {name!r}; it exists and is not empty; choose another folder")
     return folder

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
-from mka.errors import InputError, check_at_least, check_heads, unknown_name
+from mka.errors import InputError, check_at_least, check_heads, check_utf8, unknown_name
 from mka.memory.options import (
     CHUNK_SIZE,
     LOCAL_WINDOW,
@@ -275,6 +275,7 @@ class ResolvedConfig(BenchmarkConfig):
                 f"attention_type is {' '.join(self.attention_type)}; study {self.study!r} has "
                 "none of them"
             )
+        check_utf8("output_dir", self.output_dir)
         if self.dataset not in DATASETS:
             raise unknown_name("dataset", self.dataset, DATASETS)
         if self.dataset == "text" and not self.text_path:
@@ -295,6 +296,7 @@ class ResolvedConfig(BenchmarkConfig):
             "epochs",
             "max_steps",
             "gradient_accumulation_steps",
+            "num_groups",
         ):
             check_at_least(name, getattr(self, name), 1)
         # Written so that NaN, with which every comparison is False, is refused too.
@@ -323,6 +325,11 @@ class ResolvedConfig(BenchmarkConfig):
         windowed = [window for window in windows if window is not None]
         for window in windowed or [None]:
             check_sinks(window, self.sink_tokens)
+        layers = self.memory_layers
+        for layer in layers if isinstance(layers, tuple) else ():
+            check_at_least("memory_layers", layer, 0)
+        if isinstance(layers, int):
+            check_at_least("memory_layers", layers, 1)
         if self.memory_layers != "all" and self.match != "none":
             raise InputError(
                 f"memory_layers is {self.memory_layers} and match is {self.match!r}; sizes can "
@@ -447,6 +454,7 @@ class AdaptConfig:
             "seed": 0,
             "save_steps": 0,
         }
+        check_utf8("output", self.output)
         for name, limit in least.items():
             check_at_least(name, getattr(self, name), limit)
         if not 0 < self.learning_rate < float("inf"):
