@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -202,3 +203,101 @@ def test_the_mechanisms_do_not_import_each_other() -> None:
     for name in modules:
         source = inspect.getsource(importlib.import_module(name))
         assert not [other for other in modules - {name} if other in source], name
+
+
+def test_a_user_sees_where_an_old_name_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "old.py").write_text("from mka.config import PRESETS\n")
+    command = [sys.executable, str(tmp_path / "old.py")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{tmp_path / 'old.py'}:1: DeprecationWarning: mka.config is" in ended.stderr
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_old_module_of_several_is_the_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    old: Any = importlib.import_module("mka.config")
+    import mka.record.config as new
+
+    assert {"PRESETS", "LongTermConfig", "MECHANISMS"} <= set(dir(old))
+    presets = new.PRESETS
+    assert {"PRESETS", "LongTermConfig", "MECHANISMS"} <= set(old.__all__)
+    assert old.PRESETS is presets
+    monkeypatch.setattr(old, "PRESETS", {})
+    assert new.PRESETS == {}
+    monkeypatch.undo()
+    assert new.PRESETS is presets
+    with mock.patch("mka.config.PRESETS", {}):
+        assert new.PRESETS == {}
+    assert new.PRESETS is presets
+
+
+@pytest.mark.parametrize(
+    ("package", "old", "now"),
+    [("mka.training", "minimise", "minimize"), ("mka.report", "summarise", "summarize")],
+)
+def test_a_function_that_has_another_spelling(package: str, old: str, now: str) -> None:
+    module = importlib.import_module(package)
+    with pytest.warns(DeprecationWarning, match=f"{package}.{old} is {now} now"):
+        assert getattr(module, old) is getattr(module, now)
+    with pytest.raises(AttributeError):
+        _ = module.no_such_name
+
+
+WRONG_TOKENS: list[tuple[Any, str]] = [
+    (torch.tensor([1.0, 2.0, 3.0]), "give token ids"),
+    ([1.5, 2.5], "give token ids"),
+    ([True, False], "give token ids"),
+    ("text", "give lists of token ids"),
+    (["text"], "give lists of token ids"),
+    (torch.zeros(1, 2, 3, dtype=torch.long), "give token ids"),
+    ([1, 2, 10**6], "the model has"),
+    ([-1, 2], "the model has"),
+    ([[1, 2], [[3]]], "give token ids"),
+    (5, "give lists of token ids"),
+]
+
+
+@pytest.mark.parametrize(("tokens", "message"), WRONG_TOKENS)
+def test_what_is_no_tokens_is_one_line(saved: Path, tokens: Any, message: str) -> None:
+    model, _ = load(str(saved / "mka"))
+    with pytest.raises(ValueError, match=message) as caught:
+        mka.evaluate.perplexity(model, tokens)
+    assert "\n" not in str(caught.value)
+
+
+def test_arrays_and_lists_of_them_are_tokens_too(saved: Path) -> None:
+    import numpy as np
+
+    model, _ = load(str(saved / "mka"))
+    wanted = mka.evaluate.perplexity(model, [1, 2, 3, 4]).nats
+    forms = (np.array([1, 2, 3, 4]), [*np.array([1, 2, 3, 4])], [*torch.tensor([1, 2, 3, 4])])
+    for tokens in forms:
+        assert mka.evaluate.perplexity(model, tokens).nats == pytest.approx(wanted)
+
+
+def test_scores_of_other_documents_are_not_compared(saved: Path) -> None:
+    model, tokenizer = load(str(saved / "mka"))
+    scored = [
+        mka.evaluate.text_perplexity(model, tokenizer, texts)
+        for texts in (["def f(x):", "return x"], ["def f(x):"], ["def g(x, y):", "return"])
+    ]
+    scored[0].minus(scored[0])
+    for other in scored[1:]:
+        with pytest.raises(ValueError, match="scored on different documents"):
+            scored[0].minus(other)
+    with pytest.raises(ValueError, match="documents is one text"):
+        mka.evaluate.text_perplexity(model, tokenizer, "def f(x):")
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        mka.evaluate.text_perplexity(model, tokenizer, ["def"], max_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tokens": 1}, {"tokens": 2.5}, {"seed": -1}, {"hidden_size": -1}, {"dtype": "float64"}],
+)
+def test_an_audit_of_wrong_numbers_is_one_line(options: dict[str, Any]) -> None:
+    attn = mka.build_attention("mha", hidden_size=8, num_heads=2)
+    given: dict[str, Any] = {"hidden_size": 8} | options
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is "):
+        list(mka.audit.audit_module(attn, **given))
+    with pytest.raises(ValueError, match="module is a str"):
+        list(mka.audit.audit_module("x", 8))  # pyright: ignore[reportArgumentType]

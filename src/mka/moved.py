@@ -7,7 +7,7 @@ Old names stay importable until the next minor version.
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -20,7 +20,6 @@ MOVED = {
     "mka.config": ("mka.record.config", "mka.record.mechanisms", "mka.memory.options"),
     "mka.evaluation.foreign": ("mka.audit.foreign",),
     "mka.evaluation.leaks": ("mka.audit.module",),
-    "mka.evaluation.perplexity": ("mka.evaluation.held_out",),
     "mka.experiments.afterwards": ("mka.experiments.costs",),
     "mka.experiments.launch": ("mka.experiments.environment",),
     "mka.experiments.neighbours": ("mka.experiments.environment",),
@@ -42,7 +41,6 @@ MOVED = {
     "mka.statistics": ("mka.record.intervals",),
     "mka.training.answers": ("mka.training.minimize",),
     "mka.training.costs": ("mka.training.step_memory",),
-    "mka.training.minimise": ("mka.training.minimize",),
     "mka.verifying": ("mka.record.verify",),
 }
 """Old names, and the modules that have what was there."""
@@ -55,9 +53,46 @@ RENAMED = {
         "show": "run_list",
         "verify": "run_verify",
     },
-    "mka.training.minimise": {"minimise": "minimize"},
 }
 """Of each old module, the functions that have another name now."""
+
+
+class Former(ModuleType):
+    """An old module whose names are in several new ones, or have changed: what is read
+    and set here is read and set there."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        places = [importlib.import_module(place) for place in MOVED[name]]
+        names = {each for place in places for each in vars(place) if not each.startswith("_")}
+        vars(self)["_places"], vars(self)["_before"] = places, {}
+        vars(self)["__all__"] = sorted(names | set(RENAMED.get(name, ())))
+
+    def _place_of(self, name: str) -> tuple[ModuleType, str]:
+        now = RENAMED.get(self.__name__, {}).get(name, name)
+        for place in vars(self)["_places"]:
+            if hasattr(place, now):
+                return place, now
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def __getattr__(self, name: str) -> Any:
+        place, now = self._place_of(name)
+        return getattr(place, now)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__"):
+            super().__setattr__(name, value)
+            return
+        place, now = self._place_of(name)
+        vars(self)["_before"].setdefault(name, getattr(place, now))
+        setattr(place, now, value)
+
+    def __delattr__(self, name: str) -> None:
+        # As when a patch ends: what was set here before is gone, not the name.
+        setattr(*self._place_of(name), vars(self)["_before"].pop(name))
+
+    def __dir__(self) -> list[str]:
+        return vars(self)["__all__"]
 
 
 class Finder(MetaPathFinder, Loader):
@@ -70,24 +105,11 @@ class Finder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The new module itself, or, where there are several, one that looks into each
-        of them."""
-        places = MOVED[spec.name]
-        warnings.warn(
-            f"{spec.name} is {' and '.join(places)} now", DeprecationWarning, stacklevel=4
-        )
-        found = [importlib.import_module(place) for place in places]
-        module = ModuleType(spec.name)
-
-        def look(name: str) -> Any:
-            name = RENAMED.get(spec.name, {}).get(name, name)
-            for place in found:
-                if hasattr(place, name):
-                    return getattr(place, name)
-            raise AttributeError(f"module {spec.name!r} has no attribute {name!r}")
-
-        vars(module)["__getattr__"] = look
-        return module
+        """A module that leads to the new ones."""
+        now = " and ".join(MOVED[spec.name])
+        # Of whoever imports it: frames of the import itself are not counted.
+        warnings.warn(f"{spec.name} is {now} now", DeprecationWarning, stacklevel=2)
+        return Former(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing is left to do; from now on the old name is the one new module, if it
@@ -95,6 +117,22 @@ class Finder(MetaPathFinder, Loader):
         places = MOVED[module.__name__]
         if len(places) == 1 and module.__name__ not in RENAMED:
             sys.modules[module.__name__] = sys.modules[places[0]]
+
+
+def former(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a package, in which some functions have another name now.
+
+    names: the new name of each old one.
+    """
+
+    def look(name: str) -> Any:
+        """The function of an old name, with a warning."""
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        warnings.warn(f"{package}.{name} is {names[name]} now", DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[package], names[name])
+
+    return look
 
 
 def remember() -> None:

@@ -253,3 +253,15 @@ def test_specifications_are_plain_json_and_vega_lite_drops_nothing(
 )
 def test_compact_numbers(number: float, text: str) -> None:
     assert compact(number) == text
+
+
+def test_words_that_look_like_a_drawing_stay() -> None:
+    """Names of folders reach the labels of a chart."""
+    points = [Point(1.0, 2.0, "a"), Point(3.0, 4.0, "b")]
+    names = ("gradclip5 clip7", 'x width="3.14159"', "url(#clip1)")
+    series = [Series(name, "mha", 0, points, []) for name in names]
+    chart = Chart("loss", "t", "h", Axis("tokens"), Axis("loss"), series, ([], []))
+    first, second = drawn(chart, ON_WHITE), drawn(chart, ON_WHITE)
+    assert first == second
+    assert "gradclip5 clip7" in first
+    assert "3.14159" in first

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mka.audit.foreign import ForeignModule
-from mka.errors import InputError
+from mka.errors import InputError, check_whole
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference that passes, by dtype, in units of the larger of 1 and the largest
@@ -105,6 +105,13 @@ def audit_module(
     Raises ValueError for a module that fails, draws random numbers, or returns what is
     not finite.
     """
+    check_whole("tokens", tokens, 2)
+    check_whole("seed", seed, 0)
+    check_whole("hidden_size", hidden_size, 1)
+    if dtype not in (torch.float64, torch.float32):
+        raise InputError(f"dtype is {dtype}; allowed: torch.float64, torch.float32")
+    if not isinstance(module, nn.Module | ForeignModule):
+        raise InputError(f"module is a {type(module).__name__}; give a torch.nn.Module")
     if not isinstance(module, ForeignModule):
         if hidden_size is None:
             raise InputError("hidden_size is None; give the width of the module's input")

@@ -17,7 +17,7 @@ from mka.data import load_corpus
 from mka.data.needle import FILLER, Passkey, PasskeyTask
 from mka.data.recall import NOT_ASKED, RecallBatch, recall_batch
 from mka.data.tokenizer import TextTokenizer, with_end_of_text
-from mka.errors import InputError
+from mka.errors import InputError, check_whole
 from mka.memory.options import LongTermConfig
 from mka.models import CACHE_ARGUMENT, mechanisms, memory_cache, read_in_pieces, states
 
@@ -73,8 +73,12 @@ def recall_scores(
         samples: rows per shape.
         seed: random seed for the rows.
         longterm: where to keep the model's long-term memory; None: on the device.
+
+    Raises InputError for a number out of range.
     """
     longterm = longterm or LongTermConfig()
+    check_whole("samples", samples, 1)
+    check_whole("seed", seed, 0)
     for tokens, pairs in shapes:
         begun, correct, asked = time.perf_counter(), 0, 0
         for start in range(0, samples, ROWS):
@@ -139,6 +143,10 @@ def needle_scores(
     end of text.
     """
     longterm = longterm or LongTermConfig()
+    for option, value, least in (("samples", samples, 1), ("seed", seed, 0), ("piece", piece, 1)):
+        check_whole(option, value, least)
+    for length in lengths:
+        check_whole("lengths", length, 1)
     # The tokenizer's backend, because a prompt is pieced together from ids without
     # special tokens.
     backend = with_end_of_text(tokenizer.backend_tokenizer, tokenizer.eos_token_id, name)

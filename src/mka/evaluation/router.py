@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mka.attention.grouped import MemoryAttention, Watched
-from mka.errors import InputError
+from mka.errors import InputError, check_whole
 from mka.evaluation.text import edges
 from mka.memory.options import LEVELS
 from mka.memory.search import Retrieved
@@ -93,6 +93,7 @@ def layer_routings(model: Any, rows: Tensor, batch_size: int = 4) -> list[LayerR
 
     Raises InputError for a model without such layers.
     """
+    check_rows(rows, batch_size)
     layers = layers_with_memories(model)
     observed = watch(model, layers, rows.split(batch_size))
     found = []
@@ -107,6 +108,7 @@ def knock_outs(model: Any, rows: Tensor, batch_size: int = 4) -> Iterator[tuple[
 
     The estimates are in nats per token. Raises InputError for a model without memories.
     """
+    check_rows(rows, batch_size)
     layers = layers_with_memories(model)
     whole = row_losses(model, rows, batch_size)
     for level, name in enumerate(LEVELS):
@@ -115,6 +117,14 @@ def knock_outs(model: Any, rows: Tensor, batch_size: int = 4) -> Iterator[tuple[
         # Rows are equally long, so each counts the same; differences on the same rows
         # are paired.
         yield name, ratio(without - whole, np.ones(len(whole)))
+
+
+def check_rows(rows: Any, batch_size: int) -> None:
+    """Raise InputError unless there are rows (R, T) of token ids, and a batch."""
+    check_whole("batch_size", batch_size, 1)
+    if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.numel():
+        shape = tuple(getattr(rows, "shape", ()))
+        raise InputError(f"rows has the shape {shape}; give token ids (R, T), R at least 1")
 
 
 def layers_with_memories(model: Any) -> list[MemoryAttention]:
@@ -189,6 +199,8 @@ def text_rows(documents: Sequence[str], tokenizer: Any, count: int, length: int)
 
     Raises InputError if they hold too few tokens.
     """
+    check_whole("rows", count, 1)
+    check_whole("length", length, 2)
     ids: list[int] = []
     wanted = count * (length + 1)
     for text in documents:

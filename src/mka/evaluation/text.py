@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mka.errors import InputError, check_at_least
+from mka.errors import InputError, check_whole
 from mka.models import evaluating
 from mka.record.intervals import Estimate, Verdict, ratio, verdict
 
@@ -88,10 +88,14 @@ class Perplexity:
         """This model's bits per byte minus another model's on the same documents, and
         the verdict.
 
-        Raises InputError if the text is not known.
+        Raises InputError if the text is not known, and if the documents are not the
+        same.
         """
+        ours, theirs = self.of_text(self.num_bytes), other.of_text(other.num_bytes)
+        if not np.array_equal(ours, theirs):
+            raise InputError("the two were scored on different documents; give both the same")
         # Paired by document, so that what is hard for both models cancels.
-        estimate = ratio((self.nats - other.nats) / math.log(2), self.of_text(self.num_bytes))
+        estimate = ratio((self.nats - other.nats) / math.log(2), ours)
         return estimate, verdict(estimate)
 
     def of_text(self, counts: np.ndarray | None) -> np.ndarray:
@@ -159,7 +163,7 @@ def window_length(model: Any, max_length: int | None = None, stride: int | None 
 @torch.no_grad()
 def perplexity(
     model: Any,
-    tokens: Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]],
+    tokens: Tensor | np.ndarray | Sequence[Any],
     *,
     begin: int | None = None,
     max_length: int | None = None,
@@ -185,14 +189,20 @@ def perplexity(
     are too long for the model.
     """
     for name, value in (("max_length", max_length), ("stride", stride), ("batch_size", batch_size)):
-        check_at_least(name, value, 1)
+        check_whole(name, value, 1)
     length = window_length(model, max_length, stride)
+    vocab_size = model.get_input_embeddings().num_embeddings
     nats, counts, long = [], [], []
     for number, ids in enumerate(documents_of(tokens)):
         stream = ids if begin is None else torch.cat([torch.tensor([begin]), ids])
         if len(stream) < 2:
             raise InputError(
                 f"document {number} has {len(ids)} tokens; there is nothing to predict"
+            )
+        if not 0 <= int(stream.min()) <= int(stream.max()) < vocab_size:
+            raise InputError(
+                f"document {number} has ids from {int(stream.min())} to {int(stream.max())}; the "
+                f"model has {vocab_size}, from 0"
             )
         parts = [*windows(len(stream) - 1, length, stride or length)]
         with evaluating(model):
@@ -211,12 +221,28 @@ def perplexity(
 
 
 def documents_of(tokens: Any) -> list[Tensor]:
-    """The ids of each document, one tensor (T,) per document, on the CPU."""
-    if isinstance(tokens, Tensor):
-        return [*tokens.cpu().long()] if tokens.dim() == 2 else [tokens.cpu().long()]
-    if len(tokens) and isinstance(tokens[0], int):
-        return [torch.tensor(tokens)]
-    return [torch.as_tensor(ids, dtype=torch.long).cpu() for ids in tokens]
+    """The ids of each document, one tensor (T,) per document, on the CPU.
+
+    Raises InputError for what is not token ids.
+    """
+    try:
+        if isinstance(tokens, Tensor | np.ndarray):
+            many = torch.as_tensor(tokens)
+            found = [*many] if many.dim() == 2 else [many]
+        else:
+            found = [torch.as_tensor(ids) for ids in tokens]
+            # One list of ids is one document.
+            found = [torch.stack(found)] if found and found[0].dim() == 0 else found
+    except (TypeError, ValueError, RuntimeError):
+        found = []
+        if not hasattr(tokens, "__len__") or len(tokens):
+            raise InputError(f"tokens is {str(tokens)[:40]!r}; give lists of token ids") from None
+    for ids in found:
+        if ids.dim() != 1 or (ids.is_floating_point() and len(ids)) or ids.dtype == torch.bool:
+            raise InputError(
+                f"a document is {ids.dtype} of shape {tuple(ids.shape)}; give token ids, (T,)"
+            )
+    return [ids.cpu().long() for ids in found]
 
 
 def text_perplexity(
@@ -236,6 +262,9 @@ def text_perplexity(
     tokenizer without BOS and end of text, for documents without a token, and as
     `perplexity` does.
     """
+    if isinstance(documents, str):
+        raise InputError("documents is one text; give a list of texts")
+    check_whole("max_tokens", max_tokens, 1)
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if begin is None:
         raise InputError("the tokenizer has no token that begins a text")

@@ -13,6 +13,7 @@ page        all of it -> a folder's table.md and figures/, one HTML page, and th
             Markdown; templates/ has their forms
 """
 
+from mka.moved import former
 from mka.report.differences import Difference, differences
 from mka.report.page import save_figures, write_pages, write_report
 from mka.report.runs import read_runs
@@ -34,3 +35,5 @@ __all__ = [
     "write_pages",
     "write_report",
 ]
+
+__getattr__ = former("mka.report", {"summarise": "summarize"})

@@ -21,7 +21,8 @@ CELL_WIDTH, CELL_HEIGHT = 16, 20
 FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 VERSION: Literal["6.4"] = "6.4"
-CLIP = re.compile(r"clip\d+")
+TAG = re.compile(r"<[^<>]*>")
+CLIP = re.compile(r'(?<= id=")clip\d+(?=")|(?<=url\(#)clip\d+(?=\))')
 PLACES = re.compile(r' (?:d|transform|x2|y2|width|height)="[^"]*"')
 LONG = re.compile(r"-?\d+\.\d{3,}")
 NUMBER = "format(datum.value, abs(datum.value) < 1 ? '~g' : '~s')"
@@ -84,8 +85,13 @@ def svg(specification: dict[str, Any], name: str, marks: Sequence[dict[str, Any]
     numbers = dict.fromkeys(CLIP.findall(text))
     names = {number: f"{name}-clip{count}" for count, number in enumerate(numbers)}
     text = CLIP.sub(lambda found: names[found[0]], text)
-    # A hundredth of a pixel is enough, and halves the page.
-    return PLACES.sub(lambda places: LONG.sub(lambda n: f"{float(n[0]):.2f}", places[0]), text)
+    # A hundredth of a pixel is enough, and halves the page. Words between tags stay.
+    return TAG.sub(lambda tag: PLACES.sub(rounded, tag[0]), text)
+
+
+def rounded(places: re.Match[str]) -> str:
+    """An attribute with its numbers to two decimals."""
+    return LONG.sub(lambda number: f"{float(number[0]):.2f}", places[0])
 
 
 def drawn(chart: Chart | HeatMap, palette: Palette = IN_PAGE) -> str:

@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from statistics import fmean
 
-from mka.errors import InputError
+from mka.errors import InputError, printable
 from mka.record.results import (
     Cost,
     CurvePoint,
@@ -72,7 +72,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     count = next(
         n for n in range(1, 1000) if len({folder.parts[-n:] for folder in folders}) == len(folders)
     )
-    return ["/".join(folder.parts[-count:]) for folder in folders]
+    return [printable("/".join(folder.parts[-count:])) for folder in folders]
 
 
 def read_run(folder: Path, name: str) -> Run:

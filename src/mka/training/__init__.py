@@ -1,6 +1,7 @@
 """One training loop for any number of ranks, with precision, checkpoints and memory
 measurement."""
 
+from mka.moved import former
 from mka.training.checkpoint import Checkpoint, Checkpoints
 from mka.training.deepspeed_config import deepspeed_settings
 from mka.training.interruption import Interrupted
@@ -51,3 +52,5 @@ __all__ = [
     "train",
     "train_on_answers",
 ]
+
+__getattr__ = former("mka.training", {"minimise": "minimize"})
