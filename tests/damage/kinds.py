@@ -4,7 +4,7 @@ it.
 A trial damages one file of a copy and reads as the commands do. It ends in one of five ways:
 
     refused    an InputError
-    said       in words, and the reading goes on without it
+    reported   in words, and the reading goes on without it
     rebuilt    in words, with the same values
     same       without a word, and every value is what it was
     silent     without a word, and a value is another one: what must not be
@@ -33,7 +33,7 @@ from mka.models.loading import load
 from mka.report import read_runs
 from mka.training import Checkpoints
 
-Ending = Literal["refused", "said", "rebuilt", "same", "silent"]
+Ending = Literal["refused", "reported", "rebuilt", "same", "silent"]
 Damage = Literal["flipped", "cut"]
 TEXT = "def attend(queries, keys, values): return values"
 
@@ -258,14 +258,14 @@ def ending(kind: Kind, before: Reading, found: Reading) -> Ending:
             if kind.rebuilds and found.values == before.values
             else "silent"
             if kind.rebuilds
-            else "said"
+            else "reported"
         )
     return "same" if found.values == before.values else "silent"
 
 
 def table(counts: dict[str, Counter[str]]) -> str:
     """Tried and how it ended, for each kind and in all."""
-    endings: Iterable[str] = ("refused", "said", "rebuilt", "same", "silent")
+    endings: Iterable[str] = ("refused", "reported", "rebuilt", "same", "silent")
     rows: list[tuple[str, ...]] = [("kind of file", "flips", "cuts", *endings)]
     total: Counter[str] = sum(counts.values(), Counter())
     for name, found in [*counts.items(), ("all", total)]:
