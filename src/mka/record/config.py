@@ -38,6 +38,8 @@ from mka.memory.options import (
 from mka.record.mechanisms import MECHANISMS, OPTION_NAMES
 from mka.record.studies import STUDIES, Arm
 
+MOST_ROWS = 2**20
+"""Rows of an optimizer step on one rank; more would take days to draw."""
 # mka.data loads them; their names are here because checking a name must not load torch.
 DATASETS = ("stdlib", "wikitext2", "wikitext103", "text")
 
@@ -299,6 +301,13 @@ class ResolvedConfig(BenchmarkConfig):
             "num_groups",
         ):
             check_at_least(name, getattr(self, name), 1)
+        rows = self.batch_size * self.gradient_accumulation_steps
+        if rows > MOST_ROWS:
+            raise InputError(
+                f"batch_size is {self.batch_size} and gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}; a step takes at most {MOST_ROWS:,} rows on "
+                "each rank"
+            )
         # Written so that NaN, with which every comparison is False, is refused too.
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
