@@ -1,13 +1,14 @@
 """Tokenizers: the trained one, the genuine GPT-2 one, and pretrained ones out of folders."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from mka.data import Corpus, TextTokenizer, load_tokenizer, tokenizer
-from mka.data.tokenizer import END_OF_TEXT
+from mka.data.tokenizer import END_OF_TEXT, LONG_WORD, LONGEST_WORD, trainable
 
 TEXTS = [
     "Hello world",
@@ -175,3 +176,45 @@ def test_code_in_a_folder_is_not_run(tmp_path: Path, refused) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     refused(load_tokenizer, str(folder))
     assert not marker.exists()
+
+
+LONG_TEXTS = {
+    "one letter": "a" * 5000,
+    "a genome": "".join(random.Random(0).choices("ACGT", k=7321)),
+    "after a space": "the word " + "x" * 2001 + " and more\n",
+    "digits": "1" * 3000 + " 2\n",
+    "spaces": "a" + " " * 2500 + "b",
+    "underscores": "_" * 1500 + "-" * 1500,
+    "twice": "x" * 1001 + "\n" + "y" * 1999,
+}
+
+
+@pytest.mark.parametrize("name", LONG_TEXTS)
+def test_a_trainer_sees_no_long_word(name: str) -> None:
+    text = LONG_TEXTS[name]
+    pieces = list(trainable([text]))
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
+    assert not any(LONG_WORD.search(piece) for piece in pieces)
+
+
+@pytest.mark.parametrize("length", [LONGEST_WORD - 1, LONGEST_WORD])
+def test_words_up_to_the_limit_are_not_cut(length: int) -> None:
+    text = "the " + "x" * length + " " + "1" * length + "\n" + "-" * length
+    assert list(trainable([text, "more"])) == [text, "more"]
+
+
+def test_of_long_words_a_trainer_sees_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mka.data.tokenizer.LONG_CHARACTERS", 4500)
+    pieces = list(trainable(["a" * 3000 + " end", "b " + "c" * 3000 + " end", "d" * 2000]))
+    assert sum(piece.count("a") for piece in pieces) == 3000
+    assert sum(piece.count("c") for piece in pieces) == 1500
+    assert sum(piece.count("d") for piece in pieces) <= 2, "of the words end"
+    assert sum(piece.count(" end") for piece in pieces) == 2
+
+
+@pytest.mark.parametrize("name", LONG_TEXTS)
+def test_a_long_word_is_encoded_whole_and_comes_back(name: str) -> None:
+    text = LONG_TEXTS[name]
+    tokenizer = load_tokenizer("bpe", [text], 300)
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text

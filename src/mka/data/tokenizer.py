@@ -9,7 +9,8 @@ load_tokenizer("name or folder or file")   a pretrained one
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,16 @@ hub."""
 GPT2_VOCAB_SIZE = 50257
 MIN_BPE_VOCAB_SIZE = 256 + 1
 """All bytes, and the end-of-text token."""
+LONGEST_WORD = 1000
+"""Characters of a word that a trainer sees whole; no language has longer ones."""
+LONG_CHARACTERS = 2**20
+"""Characters of longer words (genomes, numbers, lines of one letter) that a trainer
+sees, in all."""
+LONG_WORD = re.compile(
+    rf"[^\W\d_]{{{LONGEST_WORD + 1},}}|\d{{{LONGEST_WORD + 1},}}|\s{{{LONGEST_WORD + 1},}}"
+    rf"|(?:[^\w\s]|_){{{LONGEST_WORD + 1},}}"
+)
+"""A word, as the byte-level pre-tokenizer has them: letters, digits, spaces or others."""
 ALLOWED_OFFLINE = "offline use bpe, gpt2, or a folder or file with a tokenizer.json"
 
 
@@ -120,7 +131,8 @@ def load_tokenizer(
 def train_bpe(train_texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     """A byte-level BPE trained on texts; the same texts give the same tokenizer.
 
-    On a short text it may have fewer than `vocab_size` tokens. Raises InputError for a
+    On a short text it may have fewer than `vocab_size` tokens. Words of more than
+    LONGEST_WORD characters are cut (`trainable`). Raises InputError for a
     vocab_size below 257.
     """
     if vocab_size < MIN_BPE_VOCAB_SIZE:
@@ -135,8 +147,31 @@ def train_bpe(train_texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(train_texts, trainer)
+    backend.train_from_iterator(trainable(train_texts), trainer)
     return with_end_of_text(backend, None, "bpe")
+
+
+def trainable(texts: Iterable[str]) -> Iterator[str]:
+    """The texts as a trainer can take them: as they are, but cut within words of more
+    than LONGEST_WORD characters, and without what goes beyond LONG_CHARACTERS of such
+    words.
+
+    The trainer keeps some 80 bytes per character of a word that it has not seen before,
+    and reads the whole word again at each of its merges.
+    """
+    left = LONG_CHARACTERS
+    for text in texts:
+        start = 0
+        for word in LONG_WORD.finditer(text):
+            kept = min(left, len(word[0]))
+            left -= kept
+            # What is before it stays with its beginning: a space is a part of a word.
+            cuts = [*range(word.start() + LONGEST_WORD, word.start() + kept, LONGEST_WORD)]
+            for cut in [*cuts, word.start() + kept]:
+                yield text[start:cut]
+                start = cut
+            start = word.end()
+        yield text[start:]
 
 
 def load_gpt2() -> TextTokenizer:

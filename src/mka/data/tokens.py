@@ -26,7 +26,7 @@ from mka.data.corpus import SPLITS, Corpus
 from mka.data.encoding import bytes_of_tokens, encoded_pieces
 from mka.data.tokenizer import TextTokenizer, load_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files, a part of the key: files of another version are not found."""
 MEASURED_SPLITS = ("validation", "test")
 """Splits whose losses are also reported per byte."""
