@@ -108,7 +108,7 @@ def test_ranks_that_agree(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "reported"),
+    ("change", "said"),
     [
         ({"learning_rate": 2e-3}, "learning_rate is {0.001} and {0.002}"),
         ({"seeds": (0,)}, "seeds is {[0, 1]} and {[0]}"),

@@ -37,7 +37,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reported"),
+    ("kind", "said"),
     [
         ("mka", "1 of them with a memory; window 8, sinks 4"),
         ("gqa", "0 of them with a memory; window 8"),

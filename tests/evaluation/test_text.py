@@ -229,7 +229,7 @@ BAD = {
     "--model MKA --max_length 8 --stride 9": "stride is 9; a window has 8 tokens",
     "--model MKA --max_tokens 0": "max_tokens is 0; it must be at least 1",
     "--model MKA --dataset text": "text_path",
-    "--model MKA --baseline none": "model is 'none'",
+    "--model MKA --baseline none": "baseline is 'none'",
 }
 
 

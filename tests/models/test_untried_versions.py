@@ -147,7 +147,7 @@ def test_weights_that_are_only_described_cannot_be_checked(
 
 
 @pytest.mark.parametrize(
-    ("plant", "reported"),
+    ("plant", "said"),
     [
         (
             lambda patch: hand_on(patch, without),

@@ -270,7 +270,7 @@ def test_one_weight_of_another_precision_among_the_rest(
 
 
 @pytest.mark.parametrize(
-    ("altered", "reported"),
+    ("altered", "said"),
     [
         ("I32", "is stored as I32; allowed: F64, F32, F16, BF16"),
         ("F16", "it cannot be loaded: "),

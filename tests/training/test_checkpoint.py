@@ -115,7 +115,7 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "reported"),
+    ("change", "said"),
     [
         ({"learning_rate": 2e-3}, "learning_rate is 0.001 there, 0.002 here"),
         ({"seed": 1}, "seed is 0 there, 1 here"),

@@ -298,7 +298,6 @@ class ResolvedConfig(BenchmarkConfig):
             "epochs",
             "max_steps",
             "gradient_accumulation_steps",
-            "num_groups",
         ):
             check_at_least(name, getattr(self, name), 1)
         rows = self.batch_size * self.gradient_accumulation_steps
@@ -347,8 +346,9 @@ class ResolvedConfig(BenchmarkConfig):
             )
         preset = PRESETS[self.preset]
         # num_groups only matters where gqa runs, or where its cache is the size to
-        # match.
-        kv_heads = self.num_groups if "gqa" in self.attention_type or self.match == "cache" else 1
+        # match; but a number below 1 is a mistake anywhere.
+        matters = "gqa" in self.attention_type or self.match == "cache" or self.num_groups < 1
+        kv_heads = self.num_groups if matters else 1
         check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads, "num_groups")
 
 
