@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mka.errors import InputError
+from mka.storage import read_regular
 
 DEFAULT: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 # Stage 0 is plain data parallelism, which is --strategy ddp here.
 STAGES = (1, 2, 3)
+LARGEST = 2**24
+"""Bytes of a settings file."""
 DECIDED = {
     "train_batch_size": "--batch_size, --gradient_accumulation_steps and the number of ranks",
     "train_micro_batch_size_per_gpu": "--batch_size",
@@ -60,12 +63,12 @@ def deepspeed_settings(path: str | None) -> dict[str, Any]:
 def read_json(path: str) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError if there is none."""
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        settings = json.loads(read_regular(Path(path), LARGEST))
     except OSError as error:
         raise InputError(
             f"deepspeed_config is {path!r}, which cannot be read: {error.strerror}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"deepspeed_config is {path!r}, which is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise InputError(f"deepspeed_config is {path!r}, which is not a JSON object")
