@@ -149,8 +149,9 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
     pipe, which may never end, and for one of more than `most` bytes (None: no limit)."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
-        kind = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
-        raise OSError(kind, "it is not a regular file", str(path))
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     if most is not None and found.st_size > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
     return path.read_bytes()
