@@ -70,6 +70,7 @@ SWITCHES["all of them small"] = [
 ALL = SWITCHES | STORED
 NO_SWITCHES = {
     "memory.bank.FORMAT",
+    "memory.bank.LARGEST_INFO",
     "ops.attend.LARGEST_RATIO",
     *(
         "ops.fused.CHANNELS",
