@@ -318,6 +318,17 @@ class ResolvedConfig(BenchmarkConfig):
             raise InputError(
                 f"deepspeed_config is {self.deepspeed_config!r} without --deepspeed; give both"
             )
+        self.check_memories()
+        preset = PRESETS[self.preset]
+        # num_groups only matters where gqa runs, or where its cache is the size to
+        # match; but a number below 1 is a mistake anywhere.
+        matters = "gqa" in self.attention_type or self.match == "cache" or self.num_groups < 1
+        kv_heads = self.num_groups if matters else 1
+        check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads, "num_groups")
+
+    def check_memories(self) -> None:
+        """Raise InputError, naming option and value, unless the options of the memories
+        work together."""
         # Checked even if no mechanism in this run has a memory: a wrong flag is still a
         # mistake.
         session = (self.session_decay, self.session_stride, self.session_slots)
@@ -344,12 +355,6 @@ class ResolvedConfig(BenchmarkConfig):
                 "only be matched if all layers are alike: give --match none, or "
                 "--memory_layers all"
             )
-        preset = PRESETS[self.preset]
-        # num_groups only matters where gqa runs, or where its cache is the size to
-        # match; but a number below 1 is a mistake anywhere.
-        matters = "gqa" in self.attention_type or self.match == "cache" or self.num_groups < 1
-        kv_heads = self.num_groups if matters else 1
-        check_heads(preset.hidden_size, preset.num_attention_heads, kv_heads, "num_groups")
 
 
 def attention_options(kind: str, config: BenchmarkConfig) -> dict[str, Any]:
