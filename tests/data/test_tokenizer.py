@@ -1,14 +1,26 @@
 """Tokenizers: the trained one, the genuine GPT-2 one, and pretrained ones out of folders."""
 
+import io
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 
 from mka.data import Corpus, TextTokenizer, load_tokenizer, tokenizer
-from mka.data.tokenizer import END_OF_TEXT, LONG_WORD, LONGEST_WORD, trainable
+from mka.data.encoding import bytes_of_tokens
+from mka.data.tokenizer import (
+    BYTE_LEVEL,
+    END_OF_TEXT,
+    LONGEST_WORD,
+    byte_level,
+    has_long_word,
+    trainable,
+)
 
 TEXTS = [
     "Hello world",
@@ -183,10 +195,29 @@ LONG_TEXTS = {
     "a genome": "".join(random.Random(0).choices("ACGT", k=7321)),
     "after a space": "the word " + "x" * 2001 + " and more\n",
     "digits": "1" * 3000 + " 2\n",
+    "digits of several kinds": "1²½" * 1000 + " 2\n",
     "spaces": "a" + " " * 2500 + "b",
-    "underscores": "_" * 1500 + "-" * 1500,
+    "others": "_" * 1500 + "-" * 1500 + "\x1c" * 1500,
     "twice": "x" * 1001 + "\n" + "y" * 1999,
+    "ideographs": "漢字" * 1700 + "。",
 }
+SHORT_WORDS = {
+    "lines": "the quick brown fox\r\n\t jumps -- over\x1c the\xa0lazy dog's  \n  tail\n" * 60,
+    "no spaces": "x=[1,2,3];don't('s');" * 200,
+    "hexadecimal": random.Random(0).randbytes(3000).hex(),
+    "ideographs": "記憶は鍵と値である、鍵1つに値が²つ。" * 200,
+    "many spaces": (" " * 97 + "a" + "\n" * 7) * 40,
+    "accents": "e\u0301x" * 1500,
+    "contractions": "'re" * 1400,
+    "up to the limit": (
+        f"the{' ' + 'x' * (LONGEST_WORD - 1)} {'1' * (LONGEST_WORD - 1)}\n{'-' * LONGEST_WORD}"
+    ),
+}
+
+
+def words(text: str) -> list[str]:
+    """What the byte-level pre-tokenizer makes of a text."""
+    return [text[start:end] for _, (start, end) in BYTE_LEVEL.pre_tokenize_str(text)]
 
 
 @pytest.mark.parametrize("name", LONG_TEXTS)
@@ -194,27 +225,91 @@ def test_a_trainer_sees_no_long_word(name: str) -> None:
     text = LONG_TEXTS[name]
     pieces = list(trainable([text]))
     assert "".join(pieces) == text
-    assert len(pieces) > 1
-    assert not any(LONG_WORD.search(piece) for piece in pieces)
+    assert max(map(len, words(text))) > LONGEST_WORD
+    assert max(map(len, pieces)) <= LONGEST_WORD
+    assert len(pieces) < len(text) / LONGEST_WORD + 6, "short ones take longer"
+    assert has_long_word(["short", text])
 
 
-@pytest.mark.parametrize("length", [LONGEST_WORD - 1, LONGEST_WORD])
-def test_words_up_to_the_limit_are_not_cut(length: int) -> None:
-    text = "the " + "x" * length + " " + "1" * length + "\n" + "-" * length
-    assert list(trainable([text, "more"])) == [text, "more"]
+@pytest.mark.parametrize("name", SHORT_WORDS)
+def test_a_trainer_sees_words_up_to_the_limit_as_they_are(name: str) -> None:
+    text = SHORT_WORDS[name]
+    pieces = list(trainable([text, text]))
+    assert "".join(pieces) == text * 2
+    assert max(map(len, pieces)) <= LONGEST_WORD < len(text)
+    assert [word for piece in pieces for word in words(piece)] == words(text) * 2
+    assert not has_long_word([text])
+    backend = byte_level(models.BPE())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([text, text], trainer)
+    uncut = TextTokenizer(backend, 0, "uncut")
+    assert load_tokenizer("bpe", [text, text], 300).backend.to_str() == uncut.backend.to_str()
+
+
+@pytest.mark.parametrize(("length", "whole"), [(LONGEST_WORD, True), (LONGEST_WORD + 1, False)])
+@pytest.mark.parametrize("letter", ["x", "1", "-", "\n", "漢", "²"])
+@pytest.mark.parametrize("after", ["", " ", "\n ", "'s", "é", "7"])
+def test_the_limit(letter: str, length: int, whole: bool, after: str) -> None:
+    text = letter * length + after
+    longest = max(map(len, words(text)))
+    assert has_long_word([text]) == (longest > LONGEST_WORD)
+    if not after:
+        assert (longest <= LONGEST_WORD) == whole
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.text(st.sampled_from("abs19²½'_-. \t\n\x1c\xa0é漢。\u0301\u200b"), max_size=200))
+def test_pieces_are_words_of_any_text(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "LONGEST_WORD", 12)
+        pieces = list(trainable([text]))
+        assert has_long_word([text]) == (max(map(len, words(text)), default=0) > 12)
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= 12 for piece in pieces)
+    if max(map(len, words(text)), default=0) <= 12:
+        assert [word for piece in pieces for word in words(piece)] == words(text)
 
 
 def test_of_long_words_a_trainer_sees_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mka.data.tokenizer.LONG_CHARACTERS", 4500)
-    pieces = list(trainable(["a" * 3000 + " end", "b " + "c" * 3000 + " end", "d" * 2000]))
-    assert sum(piece.count("a") for piece in pieces) == 3000
-    assert sum(piece.count("c") for piece in pieces) == 1500
-    assert sum(piece.count("d") for piece in pieces) <= 2, "of the words end"
-    assert sum(piece.count(" end") for piece in pieces) == 2
+    monkeypatch.setattr(tokenizer, "LONG_CHARACTERS", 4500)
+    # Their last pieces count as well: a text may have many words of hardly above the limit.
+    pieces = list(
+        trainable(["a" * 3000 + " end", "1" * 1700 + ". end"] + ["?" * 1100 + " end"] * 9)
+    )
+    assert [sum(piece.count(sign) for piece in pieces) for sign in "a1?"] == [3000, 1500, 0]
+    assert sum(piece.count(" end") for piece in pieces) == 11
+    assert sum(map(len, pieces)) == 4500 + 11 * len(" end") + 1
 
 
 @pytest.mark.parametrize("name", LONG_TEXTS)
 def test_a_long_word_is_encoded_whole_and_comes_back(name: str) -> None:
     text = LONG_TEXTS[name]
-    tokenizer = load_tokenizer("bpe", [text], 300)
-    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+    trained = load_tokenizer("bpe", [text], 300)
+    ((ids, ends),) = trained.encode_batch_with_ends([text])
+    assert trained.encode_batch([text]) == [ids]
+    assert trained.decode(ids) == text
+    assert trained.backend.encode(text).ids == ids
+    counts = bytes_of_tokens(text, ends, len(ids))
+    assert ends[-1] == len(text)
+    assert counts.min() >= 0
+    assert counts.sum() == len(text.encode())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_training_is_shown_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    silent = load_tokenizer("bpe", TEXTS, 300)
+    assert capfd.readouterr() == ("", "")
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert load_tokenizer("bpe", TEXTS, 300).backend.to_str() == silent.backend.to_str()
+    assert f"{sum(map(len, TEXTS))} characters" in shown.getvalue()
+    assert capfd.readouterr() == ("", "")

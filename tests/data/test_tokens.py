@@ -1,5 +1,7 @@
 """Token files: what is in them, and that the bytes add up."""
 
+import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -8,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mka.data import Corpus, TextTokenizer, encoding, load_tokenizer, prepare_tokens, tokens
+from mka.data.corpus import SPLITS
 from mka.data.encoding import batches_of_pieces, bytes_of_tokens, encoded_pieces
+from mka.data.tokens import cache_key
 
 SPECS = ("bpe", "gpt2")
 HARD_TEXTS = [
@@ -261,6 +266,49 @@ def test_key_is_everything_it_depends_on(
     monkeypatch.setattr(tokens, "FORMAT", tokens.FORMAT + 1)
     keys.append(key(small_corpus, "bpe"))
     assert len(set(keys)) == len(keys)
+
+
+def test_key_holds_the_cut_of_long_words_where_one_is_cut(
+    small_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordinary, pretrained = small_corpus, load_tokenizer("gpt2")
+    long = replace(ordinary, documents=ordinary.documents | {"train": [("x", "x" * 1001)]})
+    # What is not trained on does not count.
+    held_out = replace(ordinary, documents=ordinary.documents | {"test": [("x", "x" * 1001)]})
+
+    def keys() -> list[str]:
+        return [
+            cache_key(long, None, 400),
+            cache_key(ordinary, None, 400),
+            cache_key(held_out, None, 400),
+            cache_key(long, pretrained, 400),
+        ]
+
+    before = keys()
+    monkeypatch.setattr(tokens, "LONG_CHARACTERS", 500)
+    other = keys()
+    monkeypatch.setattr(tokens, "LONGEST_WORD", 500)
+    assert len({before[0], other[0], keys()[0]}) == 3
+    assert before[1:] == other[1:] == keys()[1:]
+    parts = [1, ordinary.fingerprint, "bpe 400", tokenizers.__version__]
+    assert before[1] == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def test_encoding_is_shown_on_a_terminal_only(
+    small_corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    silent = prepare_tokens(small_corpus, "gpt2", 0, tmp_path / "silent")
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", shown)
+    again = prepare_tokens(small_corpus, "gpt2", 0, tmp_path / "shown")
+    assert again.splits["train"].ids.tolist() == silent.splits["train"].ids.tolist()
+    for split in SPLITS:
+        assert f"Encoding {split}" in shown.getvalue()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_import_loads_neither_transformers_nor_datasets() -> None:

@@ -10,7 +10,9 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,15 +31,16 @@ GPT2_VOCAB_SIZE = 50257
 MIN_BPE_VOCAB_SIZE = 256 + 1
 """All bytes, and the end-of-text token."""
 LONGEST_WORD = 1000
-"""Characters of a word that a trainer sees whole; no language has longer ones."""
+"""Characters of a word, with the space before it, that the trainer sees whole."""
 LONG_CHARACTERS = 2**20
-"""Characters of longer words (genomes, numbers, lines of one letter) that a trainer
+"""Characters of longer words (genomes, numbers, lines of one letter) that the trainer
 sees, in all."""
-LONG_WORD = re.compile(
-    rf"[^\W\d_]{{{LONGEST_WORD + 1},}}|\d{{{LONGEST_WORD + 1},}}|\s{{{LONGEST_WORD + 1},}}"
-    rf"|(?:[^\w\s]|_){{{LONGEST_WORD + 1},}}"
-)
-"""A word, as the byte-level pre-tokenizer has them: letters, digits, spaces or others."""
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+WORD_END = re.compile(r".+(?:(?<=\S)(?=[ \n])|(?<=[0-9A-Za-z])(?=[!-/:-@\[-`{-~]))", re.DOTALL)
+"""As much text as possible, up to a place where BYTE_LEVEL ends a word, whatever is
+around; it knows some such places, not all."""
+LOOK_AHEAD = 3
+"""How many characters behind a word's end BYTE_LEVEL may look at: 're is a word."""
 ALLOWED_OFFLINE = "offline use bpe, gpt2, or a folder or file with a tokenizer.json"
 
 
@@ -132,8 +135,9 @@ def train_bpe(train_texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     """A byte-level BPE trained on texts; the same texts give the same tokenizer.
 
     On a short text it may have fewer than `vocab_size` tokens. Words of more than
-    LONGEST_WORD characters are cut (`trainable`). Raises InputError for a
-    vocab_size below 257.
+    LONGEST_WORD characters are cut for the trainer, and it sees LONG_CHARACTERS of
+    them (`trainable`); encoding cuts no word. Raises InputError for a vocab_size below
+    257.
     """
     if vocab_size < MIN_BPE_VOCAB_SIZE:
         raise InputError(
@@ -147,31 +151,98 @@ def train_bpe(train_texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(trainable(train_texts), trainer)
+    with counting("Training the tokenizer", None) as count:
+
+        def counted() -> Iterator[str]:
+            """What the trainer sees, counted."""
+            for piece in trainable(train_texts):
+                count(len(piece))
+                yield piece
+
+        backend.train_from_iterator(counted(), trainer)
     return with_end_of_text(backend, None, "bpe")
 
 
 def trainable(texts: Iterable[str]) -> Iterator[str]:
-    """The texts as a trainer can take them: as they are, but cut within words of more
-    than LONGEST_WORD characters, and without what goes beyond LONG_CHARACTERS of such
-    words.
+    """The texts as the trainer sees them: in pieces of at most LONGEST_WORD characters,
+    which hold the same words, except that longer words are cut, and left out once
+    LONG_CHARACTERS of them were seen.
 
-    The trainer keeps some 80 bytes per character of a word that it has not seen before,
-    and reads the whole word again at each of its merges.
+    The trainer keeps up to 80 bytes per character of every word that it has not seen
+    before, and its time for a word grows with the square of the length.
     """
     left = LONG_CHARACTERS
     for text in texts:
-        start = 0
-        for word in LONG_WORD.finditer(text):
-            kept = min(left, len(word[0]))
-            left -= kept
-            # What is before it stays with its beginning: a space is a part of a word.
-            cuts = [*range(word.start() + LONGEST_WORD, word.start() + kept, LONGEST_WORD)]
-            for cut in [*cuts, word.start() + kept]:
-                yield text[start:cut]
-                start = cut
-            start = word.end()
-        yield text[start:]
+        for piece, is_whole in pieces_of_words(text):
+            if not is_whole:
+                piece = piece[:left]
+                left -= len(piece)
+            if piece:
+                yield piece
+
+
+def has_long_word(texts: Iterable[str]) -> bool:
+    """Whether the trainer does not see all words of the texts as they are."""
+    return not all(is_whole for text in texts for _, is_whole in pieces_of_words(text))
+
+
+def pieces_of_words(text: str) -> Iterator[tuple[str, bool]]:
+    """Consecutive pieces of a text, of at most LONGEST_WORD characters, and whether
+    each consists of whole words; one that does not is a part of a longer word."""
+    start, inside = 0, False
+    while start < len(text):
+        end = min(start + LONGEST_WORD, len(text))
+        stop = word_end(text, start, end, first=inside)
+        yield text[start : stop or end], stop is not None and not inside
+        start, inside = stop or end, stop is None
+
+
+def word_end(text: str, start: int, end: int, first: bool) -> int | None:
+    """The first place after `start` and not after `end` where a word ends, or the last
+    one that is cheap to find. None: the word goes on.
+
+    A word begins at `start`, or was cut there.
+    """
+    if end == len(text) and not first:
+        return end
+    # Most of a genome is told quickly. These two need the character behind the end.
+    if text[start : end + 1].isalpha() and end < len(text):
+        return None
+    if not first and (found := WORD_END.match(text, start, end + 1)):
+        return found.end()
+    # All words but the last ones are as in the whole text.
+    words = BYTE_LEVEL.pre_tokenize_str(text[start : end + LOOK_AHEAD])
+    ends = [start + stop for _, (_, stop) in words if start + stop <= end]
+    return ends[0 if first else -1] if ends else None
+
+
+@contextmanager
+def counting(doing: str, total: int | None) -> Iterator[Callable[[int], object]]:
+    """Within the block, a function that takes the number of further characters done.
+
+    They are shown beside `doing`, with a bar if the `total` is known; only if stderr is
+    a terminal, and until the block ends.
+    """
+    # A bar in a log file would be a line per update.
+    if not sys.stderr.isatty():
+        yield lambda characters: None
+        return
+    # Imported here, because most processes that read tokens show nothing.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} characters"),
+        TimeElapsedColumn(),
+    )
+    # stdout may be a file.
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
+    ) as progress:
+        task = progress.add_task(doing, total=total)
+        yield lambda characters: progress.advance(task, characters)
 
 
 def load_gpt2() -> TextTokenizer:

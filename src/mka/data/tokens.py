@@ -24,9 +24,16 @@ from tokenizers import Tokenizer
 from mka.data.cache import default_cache_dir, read_entry, write_entry
 from mka.data.corpus import SPLITS, Corpus
 from mka.data.encoding import bytes_of_tokens, encoded_pieces
-from mka.data.tokenizer import TextTokenizer, load_tokenizer
+from mka.data.tokenizer import (
+    LONG_CHARACTERS,
+    LONGEST_WORD,
+    TextTokenizer,
+    counting,
+    has_long_word,
+    load_tokenizer,
+)
 
-FORMAT = 2
+FORMAT = 1
 """Version of the files, a part of the key: files of another version are not found."""
 MEASURED_SPLITS = ("validation", "test")
 """Splits whose losses are also reported per byte."""
@@ -101,6 +108,9 @@ def cache_key(corpus: Corpus, pretrained: TextTokenizer | None, vocab_size: int)
     "bpe" of `vocab_size`."""
     if pretrained is None:
         tokenizer = f"bpe {vocab_size}"
+        # Only then does the tokenizer depend on how words are cut for the trainer.
+        if has_long_word(text for _, text in corpus.documents["train"]):
+            tokenizer += f" {LONGEST_WORD} {LONG_CHARACTERS}"
     else:
         definition = f"{pretrained.eos_id} {pretrained.backend.to_str()}"
         tokenizer = hashlib.sha256(definition.encode()).hexdigest()
@@ -148,6 +158,8 @@ def write_split(
         bytes_file = (
             stack.enter_context((folder / f"{split}.bytes").open("wb")) if measured else None
         )
+        total = sum(len(text) for _, text in documents)
+        count = stack.enter_context(counting(f"Encoding {split}", total))
         for text, ids, ends in encoded_pieces(documents, tokenizer, measured):
             ids_file.write(np.array(ids, dtype=dtype).tobytes())
             if bytes_file:
@@ -156,6 +168,7 @@ def write_split(
                 )
             num_tokens += len(ids)
             num_bytes += len(text.encode())
+            count(len(text))
     return {"documents": len(documents), "tokens": num_tokens, "bytes": num_bytes}
 
 
